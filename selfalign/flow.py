@@ -1,0 +1,56 @@
+"""Paths from data to noise, their velocities, and the score of a velocity (Eq. 1 and 2).
+
+Everywhere in this package t = 0 is data and **t = 1 is pure noise**.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Path:
+    """x_t = alpha(t)·x0 + sigma(t)·noise, with the derivatives of both coefficients.
+
+    Every function maps a tensor of timesteps to a tensor of the same shape.
+    """
+
+    alpha: Callable[[Tensor], Tensor]
+    sigma: Callable[[Tensor], Tensor]
+    alpha_derivative: Callable[[Tensor], Tensor]
+    sigma_derivative: Callable[[Tensor], Tensor]
+
+    def interpolate(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t (Eq. 1). `t` broadcasts against `x0` and `noise`."""
+        return self.alpha(t) * x0 + self.sigma(t) * noise
+
+    def velocity(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """d x_t / d t, the regression target of Eq. 2. `t` broadcasts against `x0`."""
+        return self.alpha_derivative(t) * x0 + self.sigma_derivative(t) * noise
+
+    def score(self, velocity: Tensor, xt: Tensor, t: Tensor) -> Tensor:
+        """∇ log p_t(x_t) from the velocity (SiT, Eq. 9), for t > 0. `t` broadcasts against `xt`."""
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        ratio = alpha / self.alpha_derivative(t)
+        variance = sigma**2 - ratio * self.sigma_derivative(t) * sigma
+        return (ratio * velocity - xt) / variance
+
+
+PATHS: dict[str, Path] = {
+    "linear": Path(
+        alpha=lambda t: 1 - t,
+        sigma=lambda t: t,
+        alpha_derivative=lambda t: -torch.ones_like(t),
+        sigma_derivative=torch.ones_like,
+    ),
+    "cosine": Path(
+        alpha=lambda t: torch.cos(t * math.pi / 2),
+        sigma=lambda t: torch.sin(t * math.pi / 2),
+        alpha_derivative=lambda t: -math.pi / 2 * torch.sin(t * math.pi / 2),
+        sigma_derivative=lambda t: math.pi / 2 * torch.cos(t * math.pi / 2),
+    ),
+}
+"""The paths by name. `linear`: x_t = (1-t)·x0 + t·noise, with velocity noise - x0."""

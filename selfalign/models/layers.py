@@ -1,0 +1,164 @@
+"""The layers of the transformer besides attention. Names are DiT's and SiT's."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from selfalign.models.attention import Attention
+from selfalign.views import TokenGroups
+
+
+class PatchEmbedder(nn.Module):
+    """Embeds patches that `patchify` cut. The weight is a convolution's, as released models have it."""
+
+    def __init__(self, patch_size: int, channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, tokens: Float[Tensor, "B N P"]) -> Float[Tensor, "B N D"]:
+        """(row, column, channel) patches to features."""
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)
+        return functional.linear(tokens, weight, self.proj.bias)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoidal features of t in [0, 1], then an MLP. Runs once per group, not per token."""
+
+    frequencies: Tensor
+
+    def __init__(self, hidden_size: int, frequency_features: int = 256) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_features, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
+        )
+        half = frequency_features // 2
+        frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32) / half)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, timesteps: Float[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
+        """Embed each timestep."""
+        angles = timesteps[..., None].float() * self.frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+
+
+class LabelEmbedder(nn.Module):
+    """A vector per class, and a last one for "no label"."""
+
+    def __init__(self, num_classes: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, labels: Int[Tensor, "B"]) -> Float[Tensor, "B D"]:
+        """Embed each label; the null label is num_classes."""
+        return self.embedding_table(labels)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a tanh-approximated GELU between them."""
+
+    def __init__(self, hidden_size: int, ratio: float = 4.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, int(hidden_size * ratio))
+        self.fc2 = nn.Linear(int(hidden_size * ratio), hidden_size)
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """Per token."""
+        return self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
+
+
+def modulate(
+    x: Float[Tensor, "B N D"],
+    shift: Float[Tensor, "B K D"],
+    scale: Float[Tensor, "B K D"],
+    groups: TokenGroups,
+) -> Float[Tensor, "B N D"]:
+    """x·(1 + scale) + shift, with each group's scale and shift."""
+    scale = 1 + scale
+    slices = [
+        torch.addcmul(shift[:, k, None], part, scale[:, k, None])
+        for k, part in enumerate(x.split(groups.sizes, dim=1))
+    ]
+    return slices[0] if len(slices) == 1 else torch.cat(slices, dim=1)
+
+
+def add_gated(
+    x: Float[Tensor, "B N D"],
+    gate: Float[Tensor, "B K D"],
+    update: Float[Tensor, "B N D"],
+    groups: TokenGroups,
+) -> Float[Tensor, "B N D"]:
+    """x + gate·update, with each group's gate."""
+    parts = zip(x.split(groups.sizes, dim=1), update.split(groups.sizes, dim=1), strict=True)
+    slices = [torch.addcmul(a, gate[:, k, None], b) for k, (a, b) in enumerate(parts)]
+    return slices[0] if len(slices) == 1 else torch.cat(slices, dim=1)
+
+
+class SiTBlock(nn.Module):
+    """A transformer block with adaLN-Zero conditioning (DiT, Fig. 3), one condition per group."""
+
+    def __init__(self, hidden_size: int, heads: int, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, heads, qk_norm)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(
+        self, x: Float[Tensor, "B N D"], condition: Float[Tensor, "B K D"], groups: TokenGroups
+    ) -> Float[Tensor, "B N D"]:
+        """Tokens in group order, and each group's condition."""
+        modulation = self.adaLN_modulation(condition).chunk(6, dim=-1)
+        attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation
+        update = self.attn(modulate(self.norm1(x), attn_shift, attn_scale, groups), groups)
+        x = add_gated(x, attn_gate, update, groups)
+        update = self.mlp(modulate(self.norm2(x), mlp_shift, mlp_scale, groups))
+        return add_gated(x, mlp_gate, update, groups)
+
+
+class FinalLayer(nn.Module):
+    """Features to patches."""
+
+    def __init__(self, hidden_size: int, patch_values: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_values)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(
+        self, x: Float[Tensor, "B N D"], condition: Float[Tensor, "B K D"], groups: TokenGroups
+    ) -> Float[Tensor, "B N P"]:
+        """Tokens in group order, and each group's condition."""
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale, groups))
+
+
+class ProjectionHead(nn.Module):
+    """The student's head g of Eq. 3."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(hidden_size, 2 * hidden_size)
+        self.linear2 = nn.Linear(2 * hidden_size, hidden_size)
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """Per token."""
+        return self.linear2(functional.silu(self.linear1(x)))
+
+
+def position_embedding(hidden_size: int, rows: int, columns: int) -> Float[Tensor, "1 N D"]:
+    """Fixed sine-cosine features: the first half of D encodes the column, the second the row."""
+
+    def encode(positions: Tensor, size: int) -> Tensor:
+        frequencies = 10_000.0 ** (-torch.arange(size // 2, dtype=torch.float64) / (size / 2))
+        angles = positions.reshape(-1, 1).double() * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    half = hidden_size // 2
+    return torch.cat([encode(column, half), encode(row, half)], dim=1).float()[None]

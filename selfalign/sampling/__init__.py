@@ -1,0 +1,1 @@
+"""From noise to images: solvers, guidance, and numbered sets of samples."""

@@ -79,14 +79,15 @@ class DiT(nn.Module):
         network: the transformer; its outputs are noise and sigma, its timesteps diffusion steps.
     """
 
-    signal: Tensor
+    timesteps: Tensor
 
     def __init__(self, network: SiT) -> None:
         super().__init__()
         self.network = network
         betas = torch.linspace(1e-4, 0.02, DIFFUSION_STEPS, dtype=torch.float64)
-        # sqrt(alpha_bar), so that x_s = signal·x0 + sqrt(1 - signal²)·noise.
-        self.register_buffer("signal", (1 - betas).cumprod(0).sqrt().float(), persistent=False)
+        alpha_bar = (1 - betas).cumprod(0)  # x_s = sqrt(alpha_bar)·x0 + sqrt(1 - alpha_bar)·noise
+        signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        self.register_buffer("timesteps", (noise / (signal + noise)).float(), persistent=False)
 
     def forward(
         self, xs: Float[Tensor, "B C H W"], steps: Int[Tensor, "B"], labels: Int[Tensor, "B"]
@@ -110,17 +111,16 @@ class DiT(nn.Module):
 
     def linear_timesteps(self, steps: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
         """The t of the linear path with the signal-to-noise ratio of each diffusion step."""
-        signal = self.signal[steps.long()]
-        noise = (1 - signal**2).sqrt()
-        return noise / (signal + noise)
+        return self.timesteps[steps.long()]
 
     def linear_velocity(
         self, xt: Float[Tensor, "B C H W"], steps: Int[Tensor, "B"], labels: Int[Tensor, "B"]
     ) -> Float[Tensor, "B C H W"]:
-        """The velocity of the linear path at t = `linear_timesteps(steps)`, without approximation.
+        """The velocity of the linear path at t = `linear_timesteps(steps)`, and at no other t.
 
-        At equal signal-to-noise ratio the two processes differ by a factor, and x_t and the noise
-        give the rest: noise - x0 = (noise - x_t) / (1 - t).
+        At equal signal-to-noise ratio the two processes differ by a factor only, and x_t and the
+        noise give the rest: noise - x0 = (noise - x_t) / (1 - t). So this is exact; between the
+        steps DiT was not trained, and the last one lies at t = 0.9937, not at 1.
 
         Args:
             xt: samples of the linear path at that t.
@@ -377,7 +377,7 @@ def _in_our_layout(weights: Weights, channels: int) -> dict[str, Tensor]:
     }
     embedder = ours["x_embedder.proj.weight"]
     if embedder.ndim == 2:
-        patch_size = math.isqrt(embedder.shape[1] // channels)
+        patch_size = math.isqrt(embedder.shape[1] // max(1, channels))
         if channels * patch_size**2 != embedder.shape[1]:
             raise UserError(
                 f"x_embedder.proj.weight takes {embedder.shape[1]} values per patch, which is no "

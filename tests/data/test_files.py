@@ -346,4 +346,3 @@ class TestDigits:
         # pinned: another split would make held-out losses of two releases incomparable
         assert a.heldout.read(range(12))[1].tolist() == [3, 2, 7, 0, 6, 0, 7, 0, 9, 0, 9, 0]
         assert set(a.heldout.read(range(400))[1].tolist()) == set(range(10))
-

@@ -33,7 +33,7 @@ def clean_images(config, batch=8, seed=1):
 
 def timestep_of_token(view):
     """(B, N) timesteps in image order."""
-    return view.groups.restore(view.groups.broadcast(view.timesteps))[..., 0]
+    return view.groups.restore(view.groups.broadcast(view.timesteps[..., None]))[..., 0]
 
 
 class TestPatches:
@@ -82,7 +82,9 @@ class TestTokenGroups:
     def test_broadcast_gives_each_slice_its_groups_value(self):
         values = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
         expected = torch.tensor([[1.0, 1, 1, 2, 3, 3], [4, 4, 4, 5, 6, 6]])
-        assert torch.equal(TokenGroups(None, (3, 1, 2)).broadcast(values)[..., 0], expected)
+        assert torch.equal(
+            TokenGroups(None, (3, 1, 2)).broadcast(values[..., None])[..., 0], expected
+        )
 
 
 class TestDraw:

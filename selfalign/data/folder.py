@@ -12,14 +12,17 @@ from torch import Tensor
 
 from selfalign.errors import UserError
 
-IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
+IMAGE_SUFFIXES = frozenset(
+    suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
+)
 HELDOUT_SHARE = 0.1
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
     """Resize the shorter side to `size` and cut the middle square (as ADM prepares ImageNet)."""
     while min(image.size) >= 2 * size:
-        image = image.reduce(2)
+        width, height = image.size
+        image = image.resize((width // 2, height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -102,6 +105,13 @@ def open_folder(
         for path in sorted(folder.rglob("*"))
         if path.suffix.lower() in IMAGE_SUFFIXES and not hidden(path)
     ]
+    if class_folders:
+        loose = [path for path in sorted(root.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
+        if loose:
+            raise UserError(
+                f"{loose[0]} lies beside class subfolders: images belong into one of them, or all "
+                "into one folder for an unconditional model"
+            )
     empty = set(range(len(names))) - {label for _, label in found}
     if empty:
         raise UserError(f"{class_folders[min(empty)]} holds no images")

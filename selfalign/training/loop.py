@@ -1,5 +1,6 @@
 """The training loop, top to bottom."""
 
+import itertools
 import signal
 import threading
 import time
@@ -124,13 +125,13 @@ def train(
     with _stop_signals() as signals:
         while state.step < training.steps and state.stopped_by is None:
             step = state.step
-            losses, norm = take_step(
-                step,
-                [
-                    tuple(t.to(accelerator.device, non_blocking=True) for t in next(batches))
-                    for _ in range(training.gradient_accumulation)
-                ],
-            )
+            micro_batches = []
+            for x0, labels in itertools.islice(batches, training.gradient_accumulation):
+                device = accelerator.device
+                micro_batches.append(
+                    (x0.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+                )
+            losses, norm = take_step(step, micro_batches)
             state.step = step + 1
 
             if state.step % training.log_every == 0 or state.step == training.steps:

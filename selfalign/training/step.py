@@ -81,8 +81,11 @@ class TrainingStep:
         """
         losses = []
         for micro_step, (x0, labels) in enumerate(batches):
-            loss = self.forward(step * len(batches) + micro_step, x0, labels)
-            self.backward(loss, micro_steps=len(batches), last=micro_step == len(batches) - 1)
+            last = micro_step == len(batches) - 1
+            # Processes exchange gradients at the last micro-batch only.
+            with nullcontext() if last else self.accelerator.no_sync(self._model):
+                loss = self.forward(step * len(batches) + micro_step, x0, labels)
+                self.accelerator.backward(loss.total / len(batches))
             losses.append(loss)
         return losses, self.update(step, losses)
 
@@ -93,11 +96,6 @@ class TrainingStep:
         draw = draw_views(self.config, x0.shape, generator)
         with self.accelerator.autocast():
             return self.objective(self._model, self.ema.model, x0, labels, draw)
-
-    def backward(self, loss: Losses, *, micro_steps: int, last: bool) -> None:
-        """Add a micro-batch's gradients; processes exchange them at the last one."""
-        with nullcontext() if last else self.accelerator.no_sync(self._model):
-            self.accelerator.backward(loss.total / micro_steps)
 
     def update(self, step: int, losses: Sequence[Losses]) -> Tensor:
         """Clip, move the weights, and let the average follow. Returns the gradient's norm."""

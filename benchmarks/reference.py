@@ -5,6 +5,7 @@ dense boolean mask, the teacher runs all its blocks, EMA is a loop over paramete
 DiT's and SiT's, so that weights load into either side.
 """
 
+import itertools
 import math
 from collections import OrderedDict
 from typing import Any
@@ -153,7 +154,7 @@ class ReferenceSiT(nn.Module):
         """One noised image per group, mixed by token; t is (B, N). Returns tokens and features."""
         tokens = [self.x_embedder(image) + self.pos_embed for image in images]
         x = mix(tokens, group_ids)
-        batch, count, width = x.shape
+        batch, count, _width = x.shape
         t_embed = self.t_embedder(t.reshape(-1)).reshape(batch, count, -1)
         c = t_embed + self.y_embedder(y).unsqueeze(1).expand(-1, count, -1)
         features = x
@@ -313,7 +314,7 @@ def reference_sde(
     times = [*torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist(), 0.0]
     x = noise.double()
     nulls = torch.full_like(labels, null_label)
-    for step, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for step, (t, t_next) in enumerate(itertools.pairwise(times)):
         guided = scale > 1 and interval[0] <= t <= interval[1]
         model_in = torch.cat([x, x]) if guided else x
         y = torch.cat([labels, nulls]) if guided else labels

@@ -94,9 +94,11 @@ def linears(config: RunConfig, batch_size: int) -> Iterator[Linear]:
         yield Linear("adaLN of the teacher", teacher_groups, width, 6 * width, 0, blocks)
     yield Linear("final adaLN", groups, width, 2 * width, 1)
     yield Linear("final linear", tokens, width, patch, 1)
-    yield Linear("t_embedder.0", groups, 256, width, 1, teacher, input_gradient=False)
-    yield Linear("t_embedder.2", groups, width, width, 1, teacher)
+    yield Linear("t_embedder.0", groups, 256, width, 1, input_gradient=False)
+    yield Linear("t_embedder.2", groups, width, width, 1)
     if aligned:
+        yield Linear("t_embedder.0 of the teacher", teacher_groups, 256, width, 0, 1)
+        yield Linear("t_embedder.2 of the teacher", teacher_groups, width, width, 0, 1)
         yield Linear("ap_head.linear1", tokens, width, 2 * width, 1)
         yield Linear("ap_head.linear2", tokens, 2 * width, width, 1)
 

@@ -15,8 +15,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from selfalign.benchmark.cost import linears, step_cost
-from selfalign.config import RunConfig
+from selfalign.benchmark.cost import Linear, linears, step_cost
+from selfalign.config import RunConfig, override
 from selfalign.models.sit import SiT
 from selfalign.training.ema import EMA
 from selfalign.training.loop import make_accelerator
@@ -58,6 +58,16 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def make_model(config: RunConfig) -> SiT:
+    """A model whose zero-initialised layers are not zero, so that no work is trivial."""
+    model = SiT.from_config(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if not parameter.any():
+            parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 class StepBenchmark:
     """A training step on made-up data, ready to be taken again and again.
 
@@ -69,11 +79,8 @@ class StepBenchmark:
         self.config = config
         self.accelerator: Accelerator = make_accelerator(config.training, Path())
         device = self.accelerator.device
-        student = SiT.from_config(config).to(device).train()
+        student = make_model(config).to(device).train()
         generator = torch.Generator().manual_seed(0)
-        for parameter in student.parameters():  # the zeros of adaLN would make work trivial
-            if not parameter.any():
-                parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
         self.ema = EMA(student, config.training.ema_decay)
         optimizer = make_optimizer(config.training, student)
         self.take_step = TrainingStep(config, self.accelerator, student, self.ema, optimizer)
@@ -179,16 +186,12 @@ def measure_limit(
     cost = step_cost(config, batch)
     flops = seconds = 0.0
     for layer in linears(config, batch):
-        x = torch.randn(layer.rows, layer.inputs, device=device)
-        weight = torch.randn(layer.outputs, layer.inputs, device=device)
-        bias = torch.randn(layer.outputs, device=device)
-        grad = torch.randn(layer.rows, layer.outputs, device=device)
-        products: list[tuple[int, Callable[[], Tensor]]] = [
-            (layer.student + layer.teacher, lambda: torch.addmm(bias, x, weight.t())),  # noqa: B023
-            (layer.student, lambda: grad.t() @ x),  # noqa: B023
-            (layer.student * layer.input_gradient, lambda: grad @ weight),  # noqa: B023
-        ]
-        for count, product in products:
+        forward, weight_gradient, input_gradient = _products(layer, device)
+        for count, product in (
+            (layer.student + layer.teacher, forward),
+            (layer.student, weight_gradient),
+            (layer.student * layer.input_gradient, input_gradient),
+        ):
             if count:
                 flops += count * layer.flops
                 seconds += count * _median_seconds(product, device, repetitions)
@@ -196,6 +199,39 @@ def measure_limit(
     memory = _memory_rate(device, cost.parameters, repetitions)
     attention = cost.attention / rate
     return Limit(rate, memory, seconds + attention + cost.update_bytes / memory)
+
+
+def measure_pass_limit(
+    config: RunConfig, batch_size: int, device: torch.device | str = "cpu", repetitions: int = 9
+) -> float:
+    """The least seconds of one sampling pass of whole images: its products, and attention.
+
+    Args:
+        config: a resolved tree.
+        batch_size: images per pass, doubled already where guidance doubles them.
+        device: where to measure.
+        repetitions: of each product; the median counts.
+    """
+    device = torch.device(device)
+    plain = override(config, {"alignment.target": "none", "alignment.teacher_groups": False})
+    whole = {"views.timesteps": "single", "views.attention": "full", "views.mask_ratios": (1.0,)}
+    config = override(plain, {**whole, "views.whole_image_fraction": 0.0})
+    flops = seconds = 0.0
+    for layer in linears(config, batch_size):
+        forward, _, _ = _products(layer, device)
+        flops += layer.student * layer.flops
+        seconds += layer.student * _median_seconds(forward, device, repetitions)
+    attention = step_cost(config, batch_size).student_forward - flops
+    return seconds + attention * seconds / flops
+
+
+def _products(layer: Linear, device: torch.device) -> tuple[Callable[[], Tensor], ...]:
+    """A layer's forward product, and those for the gradients of its weight and its input."""
+    x = torch.randn(layer.rows, layer.inputs, device=device)
+    weight = torch.randn(layer.outputs, layer.inputs, device=device)
+    bias = torch.randn(layer.outputs, device=device)
+    grad = torch.randn(layer.rows, layer.outputs, device=device)
+    return lambda: torch.addmm(bias, x, weight.t()), lambda: grad.t() @ x, lambda: grad @ weight
 
 
 def _median_seconds(function: Callable[[], Any], device: torch.device, repetitions: int) -> float:

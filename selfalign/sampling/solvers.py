@@ -17,6 +17,16 @@ LAST_SDE_TIME = 0.04
 """Where the SDE's last step starts; that step takes the mean (SiT, REPA)."""
 
 
+def ode_times(steps: int) -> list[float]:
+    """Where the ODE's steps start, and 0: equal intervals."""
+    return torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+
+
+def sde_times(steps: int) -> list[float]:
+    """Where the SDE's steps start, and 0: equal intervals down to 0.04, then the last step."""
+    return [*torch.linspace(1, LAST_SDE_TIME, steps, dtype=torch.float64).tolist(), 0.0]
+
+
 def _start(noise: Tensor) -> Tensor:
     # MPS has no float64.
     return noise.to(torch.float32 if noise.device.type == "mps" else torch.float64)
@@ -35,8 +45,7 @@ def solve_ode(
         heun: correct every step but the last with the velocity at its end (second order).
     """
     x = _start(noise)
-    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
-    for step, (t, t_next) in enumerate(itertools.pairwise(times)):
+    for step, (t, t_next) in enumerate(itertools.pairwise(ode_times(steps))):
         velocity = guided.at(step, t)
         slope = velocity(x, t)
         if heun and step < steps - 1:
@@ -67,8 +76,7 @@ def solve_sde(
         step_noise: the standard normal noise of each step but the last.
     """
     x = _start(noise)
-    times = [*torch.linspace(1, LAST_SDE_TIME, steps, dtype=torch.float64).tolist(), 0.0]
-    for step, (t, t_next) in enumerate(itertools.pairwise(times)):
+    for step, (t, t_next) in enumerate(itertools.pairwise(sde_times(steps))):
         velocity = guided.at(step, t)(x, t)
         score = path.score(velocity, x, torch.tensor(t, dtype=x.dtype, device=x.device))
         x_next = x + (t_next - t) * (velocity - t * score)

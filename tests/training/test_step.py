@@ -1,0 +1,145 @@
+"""The step as accelerators will run it: on one device, without waiting, as one graph."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from selfalign import RECIPES, Draw, Objective, RunConfig, SiT, draw_views, make_generator, resolve
+from selfalign import recipe as make_recipe
+from selfalign.benchmark.measure import StepBenchmark
+from selfalign.training.loop import make_accelerator
+
+MIXED = {"views.whole_image_fraction": 0.25, "views.mask_ratios": (0.2, 0.3, 0.5)}
+VARIANTS = [(name, {}) for name in RECIPES] + [("sra-dts-as", MIXED)]
+
+
+def small(name: str, overrides: dict[str, Any]) -> RunConfig:
+    """A resolved tree with 16 tokens."""
+    settings = {"model.size": "tiny/2", "training.batch_size": 8, "training.trackers": ()}
+    return resolve(make_recipe(name, {**settings, **overrides}), 4, (8, 8), 10)
+
+
+class Watch(TorchDispatchMode):
+    """Fails where an operation has to wait for the device, or copies from it."""
+
+    WAITING = (
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten.masked_select.default,
+        torch.ops.aten.equal.default,
+        torch.ops.aten._unique2.default,
+    )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if torch.is_tensor(x)]
+        assert func not in self.WAITING, f"{func} waits for the device"
+        if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default):
+            assert not any(x.dtype == torch.bool for x in tensors[1:]), "boolean indexing waits"
+        result = func(*args, **(kwargs or {}))
+        if torch.is_tensor(result) and tensors:
+            moved = result.device.type == "cpu" and any(x.device.type != "cpu" for x in tensors)
+            assert not moved, f"{func} copies from the device and waits"
+        return result
+
+
+class WatchMethods(TorchFunctionMode):
+    """Fails at the methods that copy to Python, which on a CPU dispatch to nothing."""
+
+    WAITING = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        assert name not in self.WAITING, f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def model_on_fake_gpu(config: RunConfig) -> SiT:
+    """A model whose tensors say that they are on a GPU. Call under FakeTensorMode."""
+    with unset_fake_temporarily():
+        model = SiT.from_config(config)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, device="cuda")
+                module._parameters[name] = torch.nn.Parameter(empty)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, device="cuda")
+    return model
+
+
+@pytest.mark.parametrize(("name", "overrides"), VARIANTS)
+def test_nothing_in_a_step_waits(name: str, overrides: dict[str, Any]) -> None:
+    benchmark = StepBenchmark(small(name, overrides))
+    benchmark()
+    with Watch(), WatchMethods():
+        benchmark()
+
+
+def test_the_watch_sees_what_it_should() -> None:
+    x = torch.arange(4.0)
+    methods = (lambda: x.sum().item(), lambda: x.tolist(), lambda: x.cpu(), lambda: x.nonzero())
+    for wait in (*methods, lambda: x[x > 1], lambda: bool(x[0]), lambda: float(x.sum())):
+        with Watch(), WatchMethods(), pytest.raises(AssertionError, match="waits"):
+            wait()
+
+
+@pytest.mark.parametrize(("name", "overrides"), VARIANTS)
+def test_the_objective_stays_on_its_device(name: str, overrides: dict[str, Any]) -> None:
+    config = small(name, overrides)
+    with FakeTensorMode(), Watch():
+        student, teacher = (model_on_fake_gpu(config) for _ in range(2))
+        shape = (8, 4, 8, 8)
+        groups = config.num_groups
+        draw = Draw(
+            noise=torch.empty(shape, device="cuda"),
+            timesteps=torch.empty(8, groups, device="cuda"),
+            order=torch.empty(8, 16, dtype=torch.int64, device="cuda") if groups > 1 else None,
+            teacher_interval=torch.empty(8, groups, device="cuda"),
+            label_dropout=torch.empty(8, dtype=torch.bool, device="cuda"),
+        )
+        x0 = torch.empty(shape, device="cuda")
+        labels = torch.empty(8, dtype=torch.int64, device="cuda")
+        losses = Objective(config)(student, teacher, x0, labels, draw)
+        assert losses.total.device.type == losses.denoising.device.type == "cuda"
+        velocity = student.velocity(x0, torch.empty(8, device="cuda"), labels)
+        assert velocity.device.type == "cuda"
+        assert velocity.shape == shape
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("name", "overrides"), [("sra-dts-as", MIXED), ("self-flow", {})])
+def test_compiles_to_one_graph_once(name: str, overrides: dict[str, Any], backend: str) -> None:
+    config = small(name, overrides)
+    student, teacher = SiT.from_config(config), SiT.from_config(config).requires_grad_(False)
+    for parameter in student.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    objective = Objective(config)
+    torch._dynamo.reset()
+    compiled = torch.compile(objective, fullgraph=True, dynamic=False, backend=backend)
+    x0, labels = torch.randn(8, 4, 8, 8), torch.randint(10, (8,))
+    for step in range(20):
+        draw = draw_views(config, x0.shape, make_generator(0, "views", step))
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            losses = compiled(student, teacher, x0, labels, draw)
+            losses.total.backward()
+        if step in (0, 19):
+            gradients = [p.grad.clone() for p in student.parameters() if p.grad is not None]
+            student.zero_grad()
+            expected = objective(student, teacher, x0, labels, draw)
+            expected.total.backward()
+            assert torch.allclose(losses.total, expected.total, rtol=1e-5)
+            own = [p.grad for p in student.parameters() if p.grad is not None]
+            for a, b in zip(gradients, own, strict=True):
+                assert torch.allclose(a, b, atol=2e-6)
+        student.zero_grad()
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    config = make_recipe("sit", {"training.batch_size": 8, "training.gradient_accumulation": 4})
+    assert make_accelerator(config.training, tmp_path).num_processes == 1

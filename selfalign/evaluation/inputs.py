@@ -84,7 +84,9 @@ def open_images(path: Path) -> ImageSet:
         raise UserError(f"{path} does not exist: allowed are a .npz file or a folder of images")
     arrays = open_npz(path)
     if "arr_0" not in arrays:
-        raise UserError(f"{path} holds {', '.join(arrays) or 'nothing'}: needed is arr_0, the images")
+        raise UserError(
+            f"{path} holds {', '.join(arrays) or 'nothing'}: needed is arr_0, the images"
+        )
     return images_of(path, arrays)
 
 
@@ -165,7 +167,9 @@ def _read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) ->
     with path.open("rb") as file:
         file.seek(info.header_offset)
         local = file.read(30)
-    start = info.header_offset + 30 + sum(int.from_bytes(local[i : i + 2], "little") for i in (26, 28))
+    start = (
+        info.header_offset + 30 + sum(int.from_bytes(local[i : i + 2], "little") for i in (26, 28))
+    )
     order = "F" if fortran else "C"
     return np.memmap(path, dtype, "r", start + header, shape, order)  # type: ignore[call-overload]
 

@@ -29,8 +29,8 @@ from rich.table import Table
 
 from selfalign.config import RunConfig
 from selfalign.errors import UserError
-from selfalign.evaluation.evaluate import Evaluation, EvaluationConfig, evaluate
-from selfalign.evaluation.report import aim
+from selfalign.evaluation.evaluate import EvaluationConfig, evaluate
+from selfalign.evaluation.report import Evaluation, aim
 from selfalign.recipes import RECIPES, recipe
 from selfalign.run import (
     class_names,

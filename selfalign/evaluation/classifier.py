@@ -97,7 +97,7 @@ def get_classifier(source: DataSource, name: str) -> TrainedClassifier:
         source.num_classes,
         make_generator(0, "classifier"),
     )
-    recipe = json.dumps([STEPS, BATCH, LEARNING_RATE, FEATURES, WIDTHS, torch.__version__])
+    recipe = json.dumps([source.image_size, STEPS, BATCH, LEARNING_RATE, torch.__version__])
     key = hashlib.sha256(f"{source.fingerprint} {recipe} {classifier}".encode()).hexdigest()[:16]
     file = cache_folder("classifiers") / f"{name}-{key}.safetensors"
     try:

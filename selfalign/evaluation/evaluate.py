@@ -33,8 +33,14 @@ from selfalign.evaluation.metrics import (
     memorisation,
 )
 from selfalign.evaluation.neighbours import NEIGHBOURS, nearest, precision_recall
-from selfalign.evaluation.reference import Reference, measure, open_reference, write_reference
-from selfalign.evaluation.report import NeighbourRow, draw_evaluation
+from selfalign.evaluation.reference import (
+    Reference,
+    measure,
+    neighbour_images,
+    open_reference,
+    write_reference,
+)
+from selfalign.evaluation.report import Evaluation, NeighbourRow, draw_evaluation
 from selfalign.run import LoadedRun, load_run, sampling_record
 from selfalign.sampling.generate import SamplingConfig
 from selfalign.training.heldout import HeldOutLoss, heldout_loss
@@ -61,9 +67,11 @@ DENOISING_SAMPLES = 4000
 SHOWN = 10
 """Samples in a row of the picture."""
 
+COMPARED: frozenset[MetricName] = frozenset({"fid", "sfid", "fd", "precision-recall"})
+"""Metrics that are measured of held-out images too."""
+
 Progress = Callable[[str, int, int], None]
 """Told what is being done, and how much of how much."""
-FeaturesOf = Callable[[ImageSet], dict[str, Float[Tensor, "M F"]]]
 
 
 @dataclass(frozen=True)
@@ -114,31 +122,30 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What was measured."""
+class _Setting:
+    """What an evaluation stands on."""
 
-    folder: Path
-    metrics: Mapping[str, Estimate]
-    baseline: Mapping[str, Estimate]
-    """The same of held-out images, where the reference is a data set: what a perfect model reaches."""
-    denoising: Mapping[str, HeldOutLoss]
-    """By weights, ema and raw."""
-    settings: Mapping[str, Any]
-    """Everything the numbers depend on."""
-    notes: Sequence[str]
-    """What to know before comparing them."""
+    subject: Path
+    config: EvaluationConfig
+    run: LoadedRun | None
+    """The subject, where it is a run."""
+    data: DataConfig | None
+    source: DataSource | None
+    """The opened data set, on which a classifier is trained."""
+    network: FeatureNetwork
+    accelerator: Accelerator
+    progress: Progress
 
-    def as_json(self) -> dict[str, Any]:
-        """What evaluation.json holds."""
-        return {
-            "metrics": {name: dataclasses.asdict(e) for name, e in self.metrics.items()},
-            "heldout_images": {name: dataclasses.asdict(e) for name, e in self.baseline.items()},
-            "heldout_denoising_loss": {
-                name: dataclasses.asdict(loss) for name, loss in self.denoising.items()
-            },
-            "notes": list(self.notes),
-            "settings": dict(self.settings),
-        }
+    def parts(self, images: ImageSet) -> Iterator[dict[str, Float[Tensor, "M F"]]]:
+        """A set's features, a part at a time."""
+        return extract(
+            self.network, images, self.accelerator, self.config.batch_size, self.progress
+        )
+
+    def features(self, images: ImageSet) -> dict[str, Float[Tensor, "M F"]]:
+        """A set's features, all at once."""
+        found = list(self.parts(images))
+        return {kind: torch.cat([part[kind] for part in found]) for kind in found[0]}
 
 
 def evaluate(
@@ -148,7 +155,7 @@ def evaluate(
     accelerator: Accelerator,
     progress: Progress = lambda what, done, total: None,
 ) -> Evaluation | None:
-    """Evaluate a run, or a set of samples.
+    """Evaluate a run, or a set of samples; writes evaluation.json and evaluation.png.
 
     Args:
         subject: a run's folder, a .npz of samples, or a folder of images.
@@ -163,6 +170,53 @@ def evaluate(
     Raises:
         UserError: inputs that are missing, damaged, or do not fit together or the metrics.
     """
+    setting = _open(subject, config, accelerator, progress)
+    reference, heldout = _reference(setting)
+    samples, folder, made = _samples(setting, sampling, reference)
+    chosen = _choose_metrics(setting, samples, reference, heldout)
+
+    features = setting.features(samples) if set(chosen) - {"denoising", "memorisation"} else {}
+    heldout_features: dict[str, Tensor] = {}
+    if heldout is not None and COMPARED & set(chosen):
+        # As many as samples, where there are: the bias of a Fréchet distance goes with the number.
+        heldout_features = setting.features(heldout.first(min(len(heldout), len(samples))))
+
+    evaluation = None
+    if accelerator.is_main_process:
+        progress("metrics", 0, 1)
+        metrics = _compare(chosen, features, reference, setting)
+        if "consistency" in chosen:
+            assert samples.labels is not None
+            metrics["class_consistency"] = class_consistency(features["logits"], samples.labels)
+        rows: list[NeighbourRow] = []
+        if "memorisation" in chosen:
+            assert heldout is not None and reference.images is not None
+            found, rows = _memorisation(samples, heldout, reference.images)
+            metrics.update(found)
+        elif reference.images is not None and reference.features is not None and features:
+            rows = _nearest_in_features(samples, features["features"], reference)
+        baseline: dict[str, Estimate] = {}
+        if heldout_features and len(heldout_features["features"]) >= 2 * GROUPS:
+            baseline = _compare(
+                sorted(COMPARED & set(chosen)), heldout_features, reference, setting
+            )
+        progress("metrics", 1, 1)
+        evaluation = Evaluation(
+            folder,
+            metrics,
+            baseline,
+            _denoising(setting) if "denoising" in chosen else {},
+            _settings(setting, samples, made, reference),
+            _notes(setting.network, features, metrics, len(samples)),
+        )
+        _write(evaluation, setting, samples, rows)
+    accelerator.wait_for_everyone()
+    return evaluation
+
+
+def _open(
+    subject: Path, config: EvaluationConfig, accelerator: Accelerator, progress: Progress
+) -> _Setting:
     run = None
     if (subject / "config.json").is_file():
         run = load_run(subject, config.weights, accelerator.device)
@@ -171,133 +225,13 @@ def evaluate(
             f"{subject} does not exist: allowed are a run, a .npz or a folder of images"
         )
     data = _data_config(config, run)
-    target = config.reference or (data.name if data else None)
-    if target is None:
-        raise UserError(
-            f"--reference is left out: needed is one of {', '.join(DATA_SETS)}, a .npz or a folder"
-        )
     name = config.features or (
         "classifier" if data is not None and data.name in SMALL_DATA else "inception"
     )
-
     with accelerator.main_process_first():  # what is downloaded or trained, one process does
         source = None if data is None else open_data(data)
         network = feature_network(name, source, data.name if data else "")
-
-    def parts(images: ImageSet) -> Iterator[dict[str, Tensor]]:
-        return extract(network, images, accelerator, config.batch_size, progress)
-
-    def features_of(images: ImageSet) -> dict[str, Tensor]:
-        found = list(parts(images))
-        return {kind: torch.cat([part[kind] for part in found]) for kind in found[0]}
-
-    reference, reference_source = None, None
-    if target in DATA_SETS:
-        reference_source = source
-        if data is None or data.name != target:
-            # A data set of another name than the classifier's, from the same root.
-            with accelerator.main_process_first():
-                reference_source = open_data(_named(data or DataConfig(), target))
-        assert reference_source is not None
-        train = open_split(
-            f"{target} (training split)",
-            reference_source.train,
-            _shape(reference_source),
-            reference_source.fingerprint,
-        )
-        _require_classifier_size(network, source, train)
-        reference = measure(train, network, parts, accelerator)
-    else:
-        reference = open_reference(Path(target), network, parts, accelerator)
-    if config.write_reference and accelerator.is_main_process:
-        write_reference(config.write_reference, reference, network)
-
-    samples, folder, made = _samples(
-        subject, run, config, sampling, accelerator, progress, reference
-    )
-    _require_classifier_size(network, source, samples)
-    if reference.images is not None:
-        samples.require_like(reference.images)
-    chosen = _choose_metrics(config, network, samples, reference, reference_source, run)
-
-    features = features_of(samples) if set(chosen) - {"denoising", "memorisation"} else {}
-    heldout = None
-    if reference_source is not None:
-        heldout = open_split(
-            f"{target} (held-out split)",
-            reference_source.heldout,
-            _shape(reference_source),
-            reference_source.fingerprint,
-        )
-    heldout_features: dict[str, Tensor] = {}
-    compared = set(chosen) & {"fid", "sfid", "fd", "precision-recall"}
-    if heldout is not None and compared:
-        heldout_features = features_of(heldout.first(min(len(heldout), len(samples))))
-    denoising = {}
-    if "denoising" in chosen and run is not None and source is not None:
-        denoising = _denoising(run, source, accelerator, progress)
-
-    if not accelerator.is_main_process:
-        accelerator.wait_for_everyone()
-        return None
-    progress("metrics", 0, 1)
-    metrics = _compare(chosen, features, reference, network, config.inception_splits)
-    if "consistency" in chosen:
-        assert samples.labels is not None
-        metrics["class_consistency"] = class_consistency(features["logits"], samples.labels)
-    baseline: dict[str, Estimate] = {}
-    if heldout_features and len(heldout_features["features"]) >= 2 * GROUPS:
-        baseline = _compare(
-            sorted(compared), heldout_features, reference, network, config.inception_splits
-        )
-    rows: list[NeighbourRow] = []
-    if "memorisation" in chosen:
-        assert heldout is not None and reference.images is not None
-        found, rows = _memorisation(samples, heldout, reference.images)
-        metrics.update(found)
-    progress("metrics", 1, 1)
-
-    settings = {
-        "samples": {
-            "source": str(subject),
-            "count": len(samples),
-            "shape": samples.shape,
-            "fingerprint": samples.fingerprint,
-            "sampling": made,
-        },
-        "features": {
-            "network": network.name,
-            "weight_hash": network.weight_hash,
-            **network.facts,
-        },
-        "reference": {
-            "name": reference.name,
-            "fingerprint": reference.fingerprint,
-            "count": reference.count,
-        },
-        "data": None if data is None else dataclasses.asdict(data),
-        "data_fingerprint": None if source is None else source.fingerprint,
-        "heldout_images": len(heldout_features.get("features", ())),
-        "neighbours": NEIGHBOURS,
-        "inception_splits": config.inception_splits,
-        "kid_subsets": [KID_SUBSETS, KID_SUBSET_SIZE],
-        "denoising_samples": DENOISING_SAMPLES,
-        "batch_size": config.batch_size,
-        "processes": accelerator.num_processes,
-        "device": str(accelerator.device),
-        "versions": _versions(),
-    }
-    notes = _notes(network, features, metrics, len(samples))
-    evaluation = Evaluation(folder, metrics, baseline, denoising, settings, notes)
-    text = json.dumps(evaluation.as_json(), indent=2) + "\n"
-    write_whole(folder / "evaluation.json", lambda path: path.write_text(text))
-    shown = samples.read(range(min(len(samples), SHOWN * 6)))
-    write_whole(
-        folder / "evaluation.png",
-        lambda path: draw_evaluation(path, shown, rows, metrics, baseline, denoising, samples.name),
-    )
-    accelerator.wait_for_everyone()
-    return evaluation
+    return _Setting(subject, config, run, data, source, network, accelerator, progress)
 
 
 def _data_config(config: EvaluationConfig, run: LoadedRun | None) -> DataConfig | None:
@@ -307,76 +241,99 @@ def _data_config(config: EvaluationConfig, run: LoadedRun | None) -> DataConfig 
         return dataclasses.replace(run.config.data, **given)
     if "name" not in given and config.reference in DATA_SETS:
         given["name"] = config.reference
-    if "name" not in given:
-        return None
-    return DataConfig(**given)
+    return DataConfig(**given) if "name" in given else None
 
 
-def _named(data: DataConfig, name: str) -> DataConfig:
-    return dataclasses.replace(data, name=name)  # type: ignore[arg-type]  # DataConfig checks it
+def _reference(setting: _Setting) -> tuple[Reference, ImageSet | None]:
+    """The reference, and where it is a data set, its held-out images."""
+    config, data, source = setting.config, setting.data, setting.source
+    target = config.reference or (data.name if data else None)
+    if target is None:
+        raise UserError(
+            f"--reference is left out: needed is one of {', '.join(DATA_SETS)}, a .npz or a folder"
+        )
+    heldout = None
+    if target in DATA_SETS:
+        if source is None or data is None or data.name != target:
+            with setting.accelerator.main_process_first():
+                source = open_data(dataclasses.replace(data or DataConfig(), name=target))  # type: ignore[arg-type]
+        heldout = open_split(target, source, "held-out")
+        train = open_split(target, source, "training")
+        _require_classifier_size(setting, train)
+        reference = measure(train, setting.network, setting.parts, setting.accelerator)
+    else:
+        reference = open_reference(
+            Path(target),
+            setting.network,
+            setting.parts,
+            setting.accelerator,
+            check=lambda images: _require_classifier_size(setting, images),
+        )
+    if config.write_reference is not None and setting.accelerator.is_main_process:
+        write_reference(config.write_reference, reference, setting.network)
+    return reference, heldout
 
 
-def _shape(source: DataSource) -> tuple[int, int, int]:
-    return (source.channels, *source.image_size)
-
-
-def _require_classifier_size(
-    network: FeatureNetwork, source: DataSource | None, images: ImageSet
-) -> None:
-    if network.name == "classifier" and source is not None and images.shape != _shape(source):
+def _require_classifier_size(setting: _Setting, images: ImageSet) -> None:
+    source = setting.source
+    if setting.network.name != "classifier" or source is None:
+        return
+    shape = (source.channels, *source.image_size)
+    if images.shape != shape:
         raise UserError(
             f"{images.name} holds images of the shape {images.shape}, and the classifier was trained "
-            f"on {_shape(source)} (channels, height, width): --data.name must fit the images"
+            f"on {shape} (channels, height, width): --data.name must fit the images"
         )
 
 
 def _samples(
-    subject: Path,
-    run: LoadedRun | None,
-    config: EvaluationConfig,
-    sampling: SamplingConfig,
-    accelerator: Accelerator,
-    progress: Progress,
-    reference: Reference,
+    setting: _Setting, sampling: SamplingConfig, reference: Reference
 ) -> tuple[ImageSet, Path, dict[str, Any] | None]:
     """The samples, where their evaluation goes, and what is known of how they were made."""
-    if run is None:
-        images = open_images(subject)
-        images = images.first(config.num or len(images))
-        folder = config.out or subject.with_name(f"{subject.stem}-evaluation")
-        record = subject.parent / "sampling.json"
-        made = None
-        if subject.suffix == ".npz" and record.is_file():
-            made = json.loads(record.read_text())
-        return images, folder, made
-    shape = (run.model.channels, *run.model.image_size)
-    if reference.images is not None and reference.images.shape != shape:
-        raise UserError(
-            f"{subject} makes images of the shape {shape}, and {reference.name} holds "
-            f"{reference.images.shape} (channels, height, width): both must be the same"
+    subject, config, run = setting.subject, setting.config, setting.run
+    if run is not None:
+        shape = (run.model.channels, *run.model.image_size)
+        if reference.images is not None and reference.images.shape != shape:
+            raise UserError(
+                f"{subject} makes images of the shape {shape}, and {reference.name} holds "
+                f"{reference.images.shape} (channels, height, width): both must be the same"
+            )
+        folder = samples_folder(run, config.weights, sampling)
+        made = sampling_record(run, sampling, weights=config.weights)
+        images = generate_samples(
+            run,
+            sampling,
+            config.num or RUN_SAMPLES,
+            folder,
+            made,
+            setting.accelerator,
+            config.batch_size,
+            setting.progress,
         )
-    num = config.num or RUN_SAMPLES
-    folder = samples_folder(run, config.weights, sampling)
-    made = sampling_record(run, sampling, weights=config.weights)
-    images = generate_samples(
-        run, sampling, num, folder, made, accelerator, config.batch_size, progress
+        return images, config.out or folder, made
+    images = open_images(subject)
+    images = images.first(config.num or len(images))
+    _require_classifier_size(setting, images)
+    if reference.images is not None:
+        images.require_like(reference.images)
+    record = subject.parent / "sampling.json"
+    known = subject.suffix == ".npz" and record.is_file()
+    return (
+        images,
+        config.out or subject.with_name(f"{subject.stem}-evaluation"),
+        json.loads(record.read_text()) if known else None,
     )
-    return images, config.out or folder, made
 
 
 def _choose_metrics(
-    config: EvaluationConfig,
-    network: FeatureNetwork,
-    samples: ImageSet,
-    reference: Reference,
-    reference_source: DataSource | None,
-    run: LoadedRun | None,
+    setting: _Setting, samples: ImageSet, reference: Reference, heldout: ImageSet | None
 ) -> list[MetricName]:
     """The metrics asked for, or all that are possible.
 
     Raises:
         UserError: one that was asked for is not possible.
     """
+    config, network, run = setting.config, setting.network, setting.run
     inception = network.name == "inception"
     enough = len(samples) >= KID_SUBSET_SIZE and (
         reference.features is None or len(reference.features) >= KID_SUBSET_SIZE
@@ -396,7 +353,7 @@ def _choose_metrics(
         if network.name == "classifier" and samples.labels is not None
         else "--features classifier, and samples with labels (arr_1)",
         "memorisation": None
-        if reference_source is not None
+        if heldout is not None
         else "a data set as --reference, for its held-out images",
         "denoising": None if run is not None else "a run, not samples",
     }
@@ -421,8 +378,7 @@ def _compare(
     chosen: Sequence[str],
     features: Mapping[str, Tensor],
     reference: Reference,
-    network: FeatureNetwork,
-    inception_splits: int,
+    setting: _Setting,
 ) -> dict[str, Estimate]:
     """The metrics that stand on features."""
     found = {}
@@ -431,11 +387,13 @@ def _compare(
     if "sfid" in chosen:
         found["sfid"] = frechet_estimate(features["spatial"], reference.gaussians["spatial"])
     if "fd" in chosen:  # of other features than Inception's, and never called FID
-        found[f"fd_{network.name}"] = frechet_estimate(
+        found[f"fd_{setting.network.name}"] = frechet_estimate(
             features["features"], reference.gaussians["features"]
         )
     if "is" in chosen:
-        found["inception_score"] = inception_score(features["logits"], inception_splits)
+        found["inception_score"] = inception_score(
+            features["logits"], setting.config.inception_splits
+        )
     if "kid" in chosen:
         assert reference.features is not None
         subsets = draw_subsets(len(features["features"]), len(reference.features))
@@ -480,21 +438,68 @@ def _memorisation(
     return found, rows
 
 
-def _denoising(
-    run: LoadedRun, source: DataSource, accelerator: Accelerator, progress: Progress
-) -> dict[str, HeldOutLoss]:
-    """Held-out denoising loss of both kinds of weights, in the main process."""
-    if not accelerator.is_main_process:
-        return {}
-    losses = {}
-    for done, weights in enumerate(("ema", "raw")):
-        progress("denoising loss", done, 2)
-        model = load_run(run.folder, weights, accelerator.device).model  # type: ignore[arg-type]
+def _nearest_in_features(
+    samples: ImageSet, features: Float[Tensor, "M D"], reference: Reference
+) -> list[NeighbourRow]:
+    """For the picture, where pixels are too many to compare with all of a large reference."""
+    assert reference.images is not None and reference.features is not None
+    shown = range(min(SHOWN, len(samples)))
+    _, indices = nearest(features[: len(shown)], [reference.features])
+    numbers = neighbour_images(len(reference.images))[indices]
+    title = "first samples, by features"
+    return [NeighbourRow(title, samples.read(shown), reference.images.read(numbers.tolist()))]
+
+
+def _denoising(setting: _Setting) -> dict[str, HeldOutLoss]:
+    """Held-out denoising loss of a run, of both kinds of weights."""
+    run, source = setting.run, setting.source
+    assert run is not None and source is not None
+    losses: dict[str, HeldOutLoss] = {}
+    kinds: tuple[Literal["ema", "raw"], ...] = ("ema", "raw")
+    for done, weights in enumerate(kinds):
+        setting.progress("denoising loss", done, len(kinds))
+        model = load_run(run.folder, weights, setting.accelerator.device).model
         losses[weights] = heldout_loss(
             model, source.heldout, run.config.flow.path, DENOISING_SAMPLES
         )
-    progress("denoising loss", 2, 2)
+    setting.progress("denoising loss", len(kinds), len(kinds))
     return losses
+
+
+def _settings(
+    setting: _Setting, samples: ImageSet, made: dict[str, Any] | None, reference: Reference
+) -> dict[str, Any]:
+    """Everything that the numbers depend on."""
+    config, network, data, source = setting.config, setting.network, setting.data, setting.source
+    return {
+        "samples": {
+            "source": str(setting.subject),
+            "count": len(samples),
+            "shape": samples.shape,
+            "fingerprint": samples.fingerprint,
+            "sampling": made,
+        },
+        "features": {
+            "network": network.name,
+            "weight_hash": network.weight_hash,
+            **network.facts,
+        },
+        "reference": {
+            "name": reference.name,
+            "fingerprint": reference.fingerprint,
+            "count": reference.count,
+        },
+        "data": None if data is None else dataclasses.asdict(data),
+        "data_fingerprint": None if source is None else source.fingerprint,
+        "neighbours": NEIGHBOURS,
+        "inception_splits": config.inception_splits,
+        "kid_subsets": [KID_SUBSETS, KID_SUBSET_SIZE],
+        "denoising_samples": DENOISING_SAMPLES,
+        "batch_size": config.batch_size,
+        "processes": setting.accelerator.num_processes,
+        "device": str(setting.accelerator.device),
+        "versions": _versions(),
+    }
 
 
 def _notes(
@@ -517,6 +522,19 @@ def _notes(
             "compare with them"
         )
     return notes
+
+
+def _write(
+    evaluation: Evaluation, setting: _Setting, samples: ImageSet, rows: Sequence[NeighbourRow]
+) -> None:
+    text = json.dumps(evaluation.as_json(), indent=2) + "\n"
+    write_whole(evaluation.folder / "evaluation.json", lambda path: path.write_text(text))
+    shown = samples.read(range(min(len(samples), SHOWN * 6)))
+    title = f"{len(samples)} samples of {setting.subject}"
+    write_whole(
+        evaluation.folder / "evaluation.png",
+        lambda path: draw_evaluation(path, shown, rows, evaluation, title),
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -3,6 +3,7 @@ any module."""
 
 import hashlib
 import io
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,21 +197,41 @@ def _timm(model_name: str, name: str, **options: Any) -> FeatureNetwork:
         raise UserError(f"--features {name} needs timm: pip install 'selfalign[eval]'") from error
     if not timm.is_model(model_name):
         raise UserError(f"--features is {name!r}: timm has no model {model_name}")
-    file = cache_folder("weights") / f"{model_name}.safetensors"
-    if file.is_file():
-        options["pretrained_cfg_overlay"] = {"file": str(file)}
+    weights = timm.models.get_pretrained_cfg(model_name)
+    if weights is None or not weights.hf_hub_id:
+        raise UserError(f"--features is {name!r}: timm has no weights for {model_name}")
+    file = _timm_weights(weights.hf_hub_id)
     try:
+        # By file, so that no other format than safetensors is ever loaded.
+        options["pretrained_cfg_overlay"] = {"file": str(file)}
         model = timm.create_model(model_name, pretrained=True, num_classes=0, **options)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"the weights of {model_name} cannot be loaded ({reason}): put the model.safetensors of "
-            f"huggingface.co/timm/{model_name} at {file}"
-        ) from error
+        raise UserError(f"{file} does not hold the weights of {model_name}: {error}") from error
     config = resolve_model_data_config(model)
     side = options.get("img_size", config["input_size"][1])
     module = Backbone(model, side, config["mean"], config["std"])
     return FeatureNetwork(name, module, {"timm_model": model_name, "timm": timm.__version__})
+
+
+def _timm_weights(repository: str) -> Path:
+    """The weights of one of timm's repositories: put there by hand, or fetched by huggingface_hub."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging as hub_logging
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    file = cache_folder("weights") / f"{repository.rpartition('/')[2]}.safetensors"
+    if file.is_file():
+        return file
+    disable_progress_bars()
+    hub_logging.set_verbosity(logging.CRITICAL)  # it would print every attempt
+    try:
+        return Path(hf_hub_download(repository, "model.safetensors"))
+    except Exception as error:
+        raise UserError(
+            f"the weights of {repository} are not here and cannot be downloaded "
+            f"({type(error).__name__}): get https://huggingface.co/{repository}/resolve/main/"
+            f"model.safetensors and put it at {file}"
+        ) from error
 
 
 def extract(

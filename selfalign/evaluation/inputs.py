@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from selfalign.data.datasets import Split
+from selfalign.data import DataSource
 from selfalign.data.folder import IMAGE_SUFFIXES
 from selfalign.errors import UserError
 from selfalign.sampling.generate import to_uint8
@@ -46,7 +46,9 @@ class ImageSet:
         Raises:
             UserError: a file has become unreadable, or holds an image of another kind.
         """
-        return self.reader(indices)
+        batch = self.reader(indices)
+        # Laid out the same wherever it comes from: convolutions round by the layout.
+        return torch.empty(batch.shape, dtype=torch.uint8).copy_(batch)
 
     def first(self, count: int) -> "ImageSet":
         """The set's first images.
@@ -174,10 +176,15 @@ def _read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) ->
     return np.memmap(path, dtype, "r", start + header, shape, order)  # type: ignore[call-overload]
 
 
-def open_split(name: str, split: Split, shape: tuple[int, int, int], fingerprint: str) -> ImageSet:
+def open_split(name: str, source: DataSource, half: Literal["training", "held-out"]) -> ImageSet:
     """One half of a data set, without augmentation."""
+    split = source.train if half == "training" else source.heldout
     return ImageSet(
-        name, len(split), shape, fingerprint, lambda indices: to_uint8(split.read(indices)[0])
+        name=f"{name} ({half} images)",
+        count=len(split),
+        shape=(source.channels, *source.image_size),
+        fingerprint=f"{source.fingerprint}:{half}",
+        reader=lambda indices: to_uint8(split.read(indices)[0]),
     )
 
 

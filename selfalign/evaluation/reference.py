@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from selfalign.errors import UserError
@@ -59,7 +59,7 @@ def measure(
         accelerator: the main process writes the cache.
     """
     key = hashlib.sha256(
-        f"{images.fingerprint} {len(images)} {network.name} {network.weight_hash}".encode()
+        f"{images.fingerprint} {images.shape} {network.name} {network.weight_hash}".encode()
     ).hexdigest()[:16]
     file = cache_folder("references") / f"{key}.npz"
     arrays = _read_cache(file)
@@ -73,17 +73,28 @@ def measure(
 
 
 def open_reference(
-    path: Path, network: FeatureNetwork, extract: Extract, accelerator: Accelerator
+    path: Path,
+    network: FeatureNetwork,
+    extract: Extract,
+    accelerator: Accelerator,
+    check: Callable[[ImageSet], None] = lambda images: None,
 ) -> Reference:
     """A reference from a file or folder: images, statistics, or both, as ADM's files have them.
 
     Statistics that a file holds are used as they are, and its images for everything else.
 
+    Args:
+        path: the .npz file, or a folder of images.
+        network, extract, accelerator: as for `measure`.
+        check: refuses images that the network cannot take, before any work is done.
+
     Raises:
         UserError: unreadable, or its statistics have another shape than the network's features.
     """
     if path.is_dir() or not path.is_file():
-        return measure(open_images(path), network, extract, accelerator)
+        images = open_images(path)
+        check(images)
+        return measure(images, network, extract, accelerator)
     arrays = open_npz(path)
     if not arrays.keys() & {"arr_0", "mu"}:
         raise UserError(
@@ -103,7 +114,9 @@ def open_reference(
         )
     if "arr_0" not in arrays:
         return Reference(path.name, hash_file(path), None, given, None)
-    measured = measure(images_of(path, arrays), network, extract, accelerator)
+    images = images_of(path, arrays)
+    check(images)
+    measured = measure(images, network, extract, accelerator)
     for kind, gaussian in given.items():
         expected = measured.gaussians.get(kind)
         if expected is None or expected.mean.shape != gaussian.mean.shape:
@@ -130,7 +143,7 @@ def write_reference(path: Path, reference: Reference, network: FeatureNetwork) -
         raise UserError(f"--write-reference is {str(path)!r}: allowed is a name ending in .npz")
     arrays = {"network": np.array(_identity(network)), **_arrays(reference.gaussians)}
     if reference.images is not None:
-        chosen = reference.images.read(_neighbour_images(len(reference.images)).tolist())
+        chosen = reference.images.read(neighbour_images(len(reference.images)).tolist())
         arrays["arr_0"] = chosen.permute(0, 2, 3, 1).numpy()
     write_arrays(path, arrays)
 
@@ -139,7 +152,8 @@ def _identity(network: FeatureNetwork) -> str:
     return f"{network.name} {network.weight_hash}"
 
 
-def _neighbour_images(count: int) -> Tensor:
+def neighbour_images(count: int) -> Int[Tensor, "R"]:
+    """Numbers of the images whose features a reference of `count` images keeps."""
     if count <= NEIGHBOUR_IMAGES:
         return torch.arange(count)
     generator = make_generator(0, "reference images")
@@ -149,7 +163,7 @@ def _neighbour_images(count: int) -> Tensor:
 def _compute(images: ImageSet, extract: Extract) -> dict[str, Array]:
     """One pass over the images, however many they are."""
     moments: dict[str, Moments] = {}
-    chosen, kept, first = _neighbour_images(len(images)), [], 0
+    chosen, kept, first = neighbour_images(len(images)), [], 0
     for part in extract(images):
         for kind in _NAMES.keys() & part.keys():
             require_finite(part[kind])

@@ -1,8 +1,11 @@
-"""The picture of an evaluation: samples, their nearest training images, metrics with errors."""
+"""What an evaluation says, as JSON and as a picture: samples, their nearest training images, metrics
+with errors."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import UInt8
@@ -26,11 +29,41 @@ AIMS = {
     "nearer_than_heldout": "0.5",
 }
 """What a perfect model reaches; every other metric is to be low."""
+SHARES = AIMS.keys() - {"inception_score"}
+"""Metrics between 0 and 1."""
 
 
 def aim(metric: str) -> str:
     """Which way a metric is better, or the value it should have."""
     return AIMS.get(metric, "lower")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured."""
+
+    folder: Path
+    metrics: Mapping[str, Estimate]
+    baseline: Mapping[str, Estimate]
+    """The same of held-out images, where the reference is a data set: what a perfect model reaches."""
+    denoising: Mapping[str, HeldOutLoss]
+    """By weights, ema and raw."""
+    settings: Mapping[str, Any]
+    """Everything the numbers depend on."""
+    notes: Sequence[str]
+    """What to know before comparing them."""
+
+    def as_json(self) -> dict[str, Any]:
+        """What evaluation.json holds."""
+        return {
+            "metrics": {name: dataclasses.asdict(e) for name, e in self.metrics.items()},
+            "heldout_images": {name: dataclasses.asdict(e) for name, e in self.baseline.items()},
+            "heldout_denoising_loss": {
+                name: dataclasses.asdict(loss) for name, loss in self.denoising.items()
+            },
+            "notes": list(self.notes),
+            "settings": dict(self.settings),
+        }
 
 
 @dataclass(frozen=True)
@@ -46,9 +79,7 @@ def draw_evaluation(
     path: Path,
     samples: UInt8[Tensor, "M C H W"],
     rows: Sequence[NeighbourRow],
-    metrics: Mapping[str, Estimate],
-    baseline: Mapping[str, Estimate],
-    denoising: Mapping[str, HeldOutLoss],
+    evaluation: Evaluation,
     title: str,
 ) -> None:
     """Save the picture.
@@ -57,11 +88,10 @@ def draw_evaluation(
         path: its file.
         samples: the grid.
         rows: samples with their nearest training images.
-        metrics: measured of the samples.
-        baseline: measured of held-out images.
-        denoising: losses by weights.
+        evaluation: the metrics and losses.
         title: stands above all.
     """
+    metrics, denoising = evaluation.metrics, evaluation.denoising
     figure = Figure(figsize=(11, 6.5 if metrics or denoising else 4), dpi=144, layout="constrained")
     figure.suptitle(title, fontsize=10)
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.4, 1))[:, 0]
@@ -81,7 +111,7 @@ def draw_evaluation(
     panels = len(metrics) + bool(denoising)
     axes = below.subplots(1, max(1, panels), squeeze=False)[0]
     for axis, (name, estimate) in zip(axes, metrics.items(), strict=False):
-        _draw_bars(axis, name, estimate, baseline.get(name))
+        _draw_bars(axis, name, estimate, evaluation.baseline.get(name))
     if denoising:
         for name, loss in denoising.items():
             centres = [(k + 0.5) / len(loss.by_timestep) for k in range(len(loss.by_timestep))]
@@ -108,6 +138,8 @@ def _draw_bars(axis: Axes, name: str, estimate: Estimate, baseline: Estimate | N
         f"{name}\n{estimate.value:.4g} ± {estimate.standard_error:.2g}\naim: {aim(name)}",
         fontsize=7,
     )
+    if name in SHARES:
+        axis.set_ylim(0, 1)
     axis.tick_params(labelsize=7)
 
 

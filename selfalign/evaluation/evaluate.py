@@ -225,6 +225,10 @@ def _open(
             f"{subject} does not exist: allowed are a run, a .npz or a folder of images"
         )
     data = _data_config(config, run)
+    if config.reference is None and data is None:
+        raise UserError(
+            f"--reference is left out: needed is one of {', '.join(DATA_SETS)}, a .npz or a folder"
+        )
     name = config.features or (
         "classifier" if data is not None and data.name in SMALL_DATA else "inception"
     )
@@ -247,11 +251,7 @@ def _data_config(config: EvaluationConfig, run: LoadedRun | None) -> DataConfig 
 def _reference(setting: _Setting) -> tuple[Reference, ImageSet | None]:
     """The reference, and where it is a data set, its held-out images."""
     config, data, source = setting.config, setting.data, setting.source
-    target = config.reference or (data.name if data else None)
-    if target is None:
-        raise UserError(
-            f"--reference is left out: needed is one of {', '.join(DATA_SETS)}, a .npz or a folder"
-        )
+    target = config.reference or (data.name if data else "")
     heldout = None
     if target in DATA_SETS:
         if source is None or data is None or data.name != target:

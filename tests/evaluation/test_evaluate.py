@@ -192,10 +192,10 @@ class TestRun:
         self, run_folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(generation, "SHARD", 16)
-        write, written = generation._write_shard, []
+        write, written, allowed = generation._write_shard, [], [2]
 
         def counting(*arguments: object) -> None:
-            if len(written) == 2:
+            if len(written) == allowed[0]:
                 raise KeyboardInterrupt
             written.append(arguments[2])
             write(*arguments)  # type: ignore[arg-type]
@@ -206,16 +206,12 @@ class TestRun:
         folder = samples_folder(load_run(run_folder), "ema", SAMPLING)
         assert not (folder / "samples.npz").exists()
         assert len(list((folder / "shards").iterdir())) == 2
-        written.clear()
+        allowed[0] = 100
         whole = run(run_folder, num=40, metrics=("fd",))
-        assert written == [range(32, 40)]
+        assert written == [range(16), range(16, 32), range(32, 40)]
         more = run(run_folder, num=60, metrics=("fd",))  # goes on from the 40
-        assert (
-            written == [range(32, 40), range(40, 56)]
-            or len(np.load(folder / "samples.npz")["arr_0"]) == 60
-        )
+        assert written[3:] == [range(40, 56), range(56, 60)]
         shutil.rmtree(folder)
-        monkeypatch.setattr(generation, "_write_shard", write)
         for count, interrupted in ((40, whole), (60, more)):
             assert run(run_folder, num=count, metrics=("fd",)).metrics == interrupted.metrics
 
@@ -251,7 +247,9 @@ def test_two_processes_give_the_numbers_of_one(
         shutil.copytree(cache / "classifiers", tmp_path / f"cache{processes}" / "classifiers")
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(processes), "-m", "selfalign.cli", "evaluate", str(folder)),
+            # Without the two dashes torchrun takes --num for an abbreviation of its own options.
+            *("--nproc-per-node", str(processes), "-m", "--", "selfalign.cli"),
+            *("evaluate", str(folder)),
             *("--num", "600", "--steps", "1", "--out", str(tmp_path / f"out{processes}")),
         ]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

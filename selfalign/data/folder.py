@@ -27,6 +27,12 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits of grey, which PIL's own conversion cuts off at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    return image.convert("RGB")
+
+
 def read_image(path: Path, size: int) -> Tensor:
     """An image file as uint8 (3, size, size).
 
@@ -35,7 +41,7 @@ def read_image(path: Path, size: int) -> Tensor:
     """
     try:
         with Image.open(path) as image:
-            pixels = np.array(centre_crop(image.convert("RGB"), size))
+            pixels = np.array(centre_crop(_as_rgb(image), size))
     except (
         OSError,
         UnidentifiedImageError,
@@ -84,13 +90,17 @@ def open_folder(
     """
     if not root.is_dir():
         raise UserError(f"data.root is {str(root)!r}: there is no such folder")
-    class_folders = sorted(path for path in root.iterdir() if path.is_dir())
+
+    def hidden(path: Path) -> bool:
+        return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+    class_folders = sorted(path for path in root.iterdir() if path.is_dir() and not hidden(path))
     names = tuple(folder.name for folder in class_folders)
     found = [
         (path, label)
         for label, folder in enumerate(class_folders or [root])
         for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES
+        if path.suffix.lower() in IMAGE_SUFFIXES and not hidden(path)
     ]
     empty = set(range(len(names))) - {label for _, label in found}
     if empty:

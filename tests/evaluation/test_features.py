@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -10,8 +11,11 @@ from torch.nn import functional
 
 from selfalign import UserError
 from selfalign.evaluation import features
+from selfalign.evaluation.estimate import Estimate
+from selfalign.evaluation.evaluate import EvaluationConfig, evaluate
 from selfalign.evaluation.features import Backbone, FeatureNetwork, extract, feature_network
 from selfalign.evaluation.inputs import ImageSet
+from selfalign.sampling.generate import SamplingConfig
 
 IMAGES = torch.randint(
     256, (3, 3, 40, 52), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -117,6 +121,37 @@ class TestInception:
         with pytest.raises(UserError, match="does not hold the Inception weights"):
             feature_network("inception", None, "")
         file.unlink()
+
+    @pytest.mark.slow
+    def test_evaluates_against_a_reference_in_adms_format(
+        self, inception: FeatureNetwork, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr("selfalign.evaluation.evaluate.feature_network", lambda *_: inception)
+        pixels = torch.randint(256, (48, 12, 12, 3), dtype=torch.uint8).numpy()
+        np.savez(tmp_path / "samples.npz", arr_0=pixels[:24])
+        np.savez(tmp_path / "real.npz", arr_0=pixels[24:])
+        file = tmp_path / "reference.npz"
+
+        def run(reference: Path, **settings: object) -> dict[str, Estimate]:
+            config = EvaluationConfig(str(reference), "inception", **settings)  # type: ignore[arg-type]
+            found = evaluate(tmp_path / "samples.npz", config, SamplingConfig(), Accelerator())
+            assert found is not None
+            assert any("do not compare" in note for note in found.notes)
+            return dict(found.metrics)
+
+        from_images = run(tmp_path / "real.npz", write_reference=file)
+        assert set(from_images) == {"fid", "sfid", "inception_score", "precision", "recall"}
+        arrays = np.load(file)
+        assert arrays["mu"].shape == (2048,) and arrays["sigma_s"].shape == (2023, 2023)
+        assert arrays["arr_0"].shape == (24, 12, 12, 3)
+        assert run(file) == from_images
+        np.savez(file, mu=arrays["mu"], sigma=arrays["sigma"])
+        from_statistics = run(file)
+        assert from_statistics == {k: from_images[k] for k in ("fid", "inception_score")}
+        with pytest.raises(UserError, match=r"sfid needs .* mu_s and sigma_s"):
+            run(file, metrics=("sfid",))
+        with pytest.raises(UserError, match="kid needs at least 1000 samples, here are 24"):
+            run(tmp_path / "real.npz", metrics=("kid",))
 
 
 class TestTimm:

@@ -1,0 +1,1 @@
+"""Evaluation: feature networks, metrics, reference statistics, and the report on a set of samples."""

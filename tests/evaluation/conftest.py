@@ -1,0 +1,43 @@
+"""A cache of their own for the tests of evaluation, and a run that was never trained."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from selfalign import SiT, make_generator, recipe, resolve
+from selfalign.data import open_data
+from selfalign.run import write_config
+from selfalign.training.checkpoint import save_checkpoint
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for all tests, so that the classifier is trained once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _use_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SELFALIGN_CACHE", str(cache))
+    monkeypatch.setenv("TORCH_HOME", str(cache / "torch"))
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A run on digits with one checkpoint; its EMA and raw weights differ."""
+    folder = tmp_path / "run"
+    config = recipe("sit", {"model.size": "tiny/4", "training.steps": 1})
+    source = open_data(config.data)
+    config = resolve(config, source.channels, source.image_size, source.num_classes)
+    write_config(folder, config, source)
+    models = []
+    for name in ("raw", "ema"):
+        model = SiT.from_config(config)
+        with torch.no_grad():
+            weight = model.final_layer.linear.weight  # zero otherwise, and all samples noise
+            weight.normal_(std=0.1, generator=make_generator(0, name))
+        models.append(model)
+    optimizer = torch.optim.AdamW(models[0].parameters())
+    save_checkpoint(folder / "checkpoints", 1, *models, optimizer, {}, keep=1)
+    return folder

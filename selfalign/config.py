@@ -259,8 +259,8 @@ class TrainingConfig(_Section):
     """Steps between sample grids; 0: only at the end."""
     evaluate_every: int = 5_000
     """Steps between held-out denoising losses; 0: only at the end."""
-    heldout_samples: int = 512
-    """Held-out images used for the held-out denoising loss."""
+    heldout_samples: int = 2_000
+    """Pairs of a held-out image and a timestep in the held-out denoising loss."""
     checkpoint_every: int = 10_000
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = 2

@@ -17,6 +17,7 @@ from selfalign.models.layers import (
     TimestepEmbedder,
     position_embedding,
 )
+from selfalign.randomness import make_generator
 from selfalign.views import TokenGroups, patchify, unpatchify
 
 
@@ -72,11 +73,11 @@ class SiT(nn.Module):
 
     @classmethod
     def from_config(cls, config: RunConfig) -> "SiT":
-        """The model of a resolved config tree, with weights from torch's global generator."""
+        """The model of a resolved config tree. Its weights are a function of the tree's seed."""
         model = config.model
         assert model.channels is not None and model.image_size is not None
         assert model.num_classes is not None
-        return cls(
+        sit = cls(
             channels=model.channels,
             image_size=model.image_size,
             patch_size=model.patch_size,
@@ -88,17 +89,26 @@ class SiT(nn.Module):
             projection_head=config.alignment.target != "none",
             gradient_checkpointing=model.gradient_checkpointing,
         )
+        sit.initialize_weights(make_generator(config.seed, "weights"))
+        return sit
 
-    def initialize_weights(self) -> None:
-        """SiT's initialisation: every block starts as the identity, the output as zero."""
-        for module in self.modules():
+    def initialize_weights(self, generator: torch.Generator | None = None) -> None:
+        """SiT's initialisation: every block starts as the identity, the output as zero.
+
+        The projection head comes last, so that the rest starts the same with and without it.
+
+        Args:
+            generator: where the numbers come from; torch's global one if left out.
+        """
+        modules = sorted(self.named_modules(), key=lambda item: item[0].startswith("ap_head"))
+        for _, module in modules:
             if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
         for name, parameter in self.named_parameters():
             if name.endswith(".bias") or ".adaLN_modulation." in name or "final_layer." in name:
                 nn.init.zeros_(parameter)
             elif name.startswith(("t_embedder.", "y_embedder.")):
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=0.02, generator=generator)
 
     @property
     def null_label(self) -> int:

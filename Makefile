@@ -1,0 +1,36 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+help:  ## list what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(INSTALLED)  ## create the environment in .venv
+
+demo: $(INSTALLED)  ## train the paper's recipe on handwritten digits and sample from it (about 5 minutes)
+	$(BIN)/selfalign train sra-dts-as --out runs/demo --data.name digits --model.size tiny \
+		--training.steps 1000 --training.batch-size 64 --training.learning-rate 1e-3 \
+		--training.schedule cosine --training.warmup-steps 50 --training.ema-decay 0.995 \
+		--training.sample-every 250 --training.evaluate-every 250
+
+test: $(INSTALLED)  ## run the tests (about 5 minutes)
+	$(BIN)/python -m pytest
+
+test-all: $(INSTALLED)  ## run the slow tests too
+	$(BIN)/python -m pytest -m ''
+
+lint: $(INSTALLED)  ## run the linters
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove the environment and everything generated
+	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.PHONY: help install demo test test-all lint clean

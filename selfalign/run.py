@@ -1,0 +1,256 @@
+"""A run folder from start to end: new, resumed, and loaded again for sampling.
+
+Puts together what stands side by side below: data, training, the monitors, sampling.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+
+import selfalign
+from selfalign.config import RunConfig, config_from_dict, config_to_dict, override, resolve
+from selfalign.data import DataSource, open_data
+from selfalign.errors import UserError
+from selfalign.models.sit import SiT
+from selfalign.sampling.generate import SamplingConfig, generate, to_uint8
+from selfalign.sampling.pictures import column_labels, draw_curves, draw_grids
+from selfalign.training.checkpoint import latest_checkpoint, load_state, load_weights
+from selfalign.training.heldout import heldout_loss
+from selfalign.training.loop import Monitor, Progress, TrainingState, train
+from selfalign.training.tracking import read_metrics
+
+GRID_ROWS = 6
+GRID_GUIDANCE = 2.0
+GRID_STEPS = 25
+
+
+def start_run(config: RunConfig, folder: Path, progress: Progress) -> TrainingState:
+    """Train a new run in an empty or missing folder.
+
+    Args:
+        config: a tree that may leave to the data what the data determines.
+        folder: where the run goes.
+        progress: told of every logged step.
+
+    Raises:
+        UserError: settings, data or folder do not allow it; nothing has been written.
+    """
+    process = PartialState()
+    with process.main_process_first():  # one process downloads, or finds the files missing
+        source = open_data(config.data)
+    config = resolve(config, source.channels, source.image_size, source.num_classes)
+    if process.is_main_process:
+        _refuse_used(folder)
+        write_config(folder, config, source)
+    process.wait_for_everyone()
+    return _train(config, source, folder, checkpoint=None, progress=progress)
+
+
+def resume_run(folder: Path, steps: int | None, progress: Progress) -> TrainingState:
+    """Go on with a run from its last checkpoint, perhaps to another last step.
+
+    Raises:
+        UserError: there is no run or checkpoint, the data has changed, or it is finished.
+    """
+    config, fingerprint = read_config(folder)
+    if steps is not None:
+        config = override(config, {"training.steps": steps})
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    done = load_state(checkpoint)["step"]
+    if done >= config.training.steps:
+        raise UserError(
+            f"{folder} is finished: {done} of {config.training.steps} steps are done; "
+            "--training.steps takes a larger number"
+        )
+    source = open_data(config.data)
+    if source.fingerprint != fingerprint:
+        raise UserError(
+            f"the data of {folder} has changed since it was started (fingerprint "
+            f"{source.fingerprint} instead of {fingerprint}); start a new run"
+        )
+    if PartialState().is_main_process:
+        write_config(folder, config, source)
+    return _train(config, source, folder, checkpoint=checkpoint, progress=progress)
+
+
+def _refuse_used(folder: Path) -> None:
+    if (folder / "config.json").exists():
+        raise UserError(
+            f"{folder} holds a run already: choose another --out, or go on with "
+            f"`selfalign train --resume {folder}`"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--out is {str(folder)!r}: must be a new or an empty folder")
+
+
+def _train(
+    config: RunConfig,
+    source: DataSource,
+    folder: Path,
+    *,
+    checkpoint: Path | None,
+    progress: Progress,
+) -> TrainingState:
+    monitors: Sequence[Monitor] = (
+        HeldOutMonitor(config.training.evaluate_every),
+        GridMonitor(config.training.sample_every),
+        CurvesMonitor(config.training.evaluate_every),
+    )
+    return train(
+        config, source, folder, checkpoint=checkpoint, monitors=monitors, progress=progress
+    )
+
+
+@dataclass(frozen=True)
+class HeldOutMonitor:
+    """Writes the held-out denoising loss of EMA and raw weights to the metrics."""
+
+    every: int
+
+    def __call__(self, state: TrainingState) -> None:
+        """Evaluate both models on the same images, timesteps and noise."""
+        values: dict[str, Any] = {}
+        state.student.eval()
+        for name, model in (("ema", state.ema.model), ("raw", state.student)):
+            loss = heldout_loss(
+                model,
+                state.source.heldout,
+                state.config.flow.path,
+                state.config.training.heldout_samples,
+            )
+            values[f"heldout_{name}"] = loss.overall
+            values[f"heldout_{name}_by_timestep"] = list(loss.by_timestep)
+        state.student.train()
+        if state.metrics is not None:
+            state.metrics.write(state.step, values)
+
+
+@dataclass(frozen=True)
+class GridMonitor:
+    """Saves a grid of EMA samples, unguided and guided, always from the same noise and labels."""
+
+    every: int
+
+    def __call__(self, state: TrainingState) -> None:
+        """Write samples/step_*.png."""
+        draw_sample_grid(
+            state.folder / "samples" / f"step_{state.step:08d}.png",
+            state.ema.model,
+            state.config,
+            state.source,
+            title=f"EMA weights after {state.step} steps",
+        )
+
+
+@dataclass(frozen=True)
+class CurvesMonitor:
+    """Saves the run's curves."""
+
+    every: int
+
+    def __call__(self, state: TrainingState) -> None:
+        """Write curves.png."""
+        draw_curves(state.folder / "curves.png", read_metrics(state.folder), state.folder.name)
+
+
+def draw_sample_grid(
+    path: Path, model: SiT, config: RunConfig, source: DataSource, title: str
+) -> None:
+    """Save a grid with a class per column: unguided, and guided where the model allows it."""
+    labels = column_labels(model.num_classes)
+    columns = [source.class_names[k] for k in labels] if labels else [""] * 8
+    scales = [1.0]
+    if labels and config.views.class_dropout > 0:
+        scales.append(GRID_GUIDANCE)
+    panels = {}
+    for scale in scales:
+        sampling = SamplingConfig(solver="heun", steps=GRID_STEPS, guidance_scale=scale)
+        count = GRID_ROWS * len(columns)
+        batches = generate(
+            model, config.flow.path, sampling, count, batch_size=count, labels=labels
+        )
+        images = torch.cat([batch.images for batch in batches])
+        name = "unguided" if scale == 1 else f"guidance {scale:g}"
+        panels[name] = to_uint8(images).cpu()
+    draw_grids(path, panels, columns, title)
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model and what it was trained with."""
+
+    folder: Path
+    config: RunConfig
+    model: SiT
+    step: int
+
+
+def load_run(
+    folder: Path, weights: Literal["ema", "raw"] = "ema", device: torch.device | str = "cpu"
+) -> LoadedRun:
+    """The model of a run's last checkpoint, in eval mode.
+
+    Raises:
+        UserError: there is no run or no whole checkpoint.
+    """
+    config, _ = read_config(folder)
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    model = SiT.from_config(config)
+    load_weights(checkpoint, model, "ema.safetensors" if weights == "ema" else "model.safetensors")
+    model.eval().requires_grad_(False)
+    return LoadedRun(folder, config, model.to(device), load_state(checkpoint)["step"])
+
+
+def write_config(folder: Path, config: RunConfig, source: DataSource) -> None:
+    """Write config.json: the resolved tree, the package's version and the data's fingerprint."""
+    record = {
+        "selfalign_version": selfalign.__version__,
+        "data_fingerprint": source.fingerprint,
+        "class_names": source.class_names,
+        "config": config_to_dict(config),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / ".config.json.partial"
+        partial.write_text(json.dumps(record, indent=2) + "\n")
+        partial.replace(folder / "config.json")
+    except OSError as error:
+        raise UserError(f"--out is {str(folder)!r}: cannot be written ({error})") from error
+
+
+def read_config(folder: Path) -> tuple[RunConfig, str]:
+    """A run's resolved tree, and the fingerprint of its data.
+
+    Raises:
+        UserError: the folder is not a run, or its config.json is damaged.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{str(folder)!r} is not a run: it holds no config.json")
+    try:
+        record = json.loads(path.read_text())
+        return config_from_dict(record["config"]), record["data_fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def class_names(folder: Path) -> tuple[str, ...]:
+    """Names of a run's classes, by label."""
+    return tuple(json.loads((folder / "config.json").read_text())["class_names"])
+
+
+def sampling_record(run: LoadedRun, sampling: SamplingConfig, **more: Any) -> dict[str, Any]:
+    """Every setting that a set of samples depends on, as JSON can hold it."""
+    return {
+        "run": str(run.folder),
+        "step": run.step,
+        "selfalign_version": selfalign.__version__,
+        **dataclasses.asdict(sampling),
+        **more,
+    }

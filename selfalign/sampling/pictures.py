@@ -1,0 +1,117 @@
+"""Grids of samples in labelled columns, and the curves of a run."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jaxtyping import UInt8
+from matplotlib.figure import Figure
+from torch import Tensor
+
+matplotlib.use("Agg")
+MAX_COLUMNS = 10
+
+
+def column_labels(num_classes: int, columns: int = MAX_COLUMNS) -> list[int] | None:
+    """A class per column, spread over all classes; None for an unconditional model."""
+    if num_classes == 0:
+        return None
+    columns = min(columns, num_classes)
+    return [k * num_classes // columns for k in range(columns)]
+
+
+def draw_grids(
+    path: Path,
+    panels: Mapping[str, UInt8[Tensor, "M C H W"]],
+    columns: Sequence[str],
+    title: str,
+) -> None:
+    """Save one grid of images per panel, side by side, with a name above every column.
+
+    Args:
+        path: the picture's file.
+        panels: images by panel title, row by row; M is a multiple of the number of columns.
+        columns: names of the columns.
+        title: stands above all.
+    """
+    count = len(columns)
+    first = next(iter(panels.values()))
+    rows, side = len(first) // count, 0.5
+    size = (len(panels) * count * side + 0.4, rows * side * first.shape[2] / first.shape[3] + 1.0)
+    figure = Figure(figsize=(max(4.0, size[0]), size[1]), dpi=144, layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (name, images) in zip(axes, panels.items(), strict=True):
+        axis.imshow(tile(images, count), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        width = images.shape[3] + 1
+        axis.set_xticks([width * (k + 0.5) for k in range(count)], columns, fontsize=8)
+        axis.xaxis.tick_top()
+        axis.set_yticks([])
+        axis.tick_params(length=0)
+        axis.set_title(name, fontsize=9)
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def tile(images: UInt8[Tensor, "M C H W"], columns: int) -> "np.ndarray[Any, Any]":
+    """One picture (height, width[, 3]) of all images, row by row, with a white line between them."""
+    count, channels, height, width = images.shape
+    rows = -(-count // columns)
+    canvas = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), 255, np.uint8)
+    for index, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+        top = (index // columns) * (height + 1) + 1
+        left = (index % columns) * (width + 1) + 1
+        canvas[top : top + height, left : left + width] = image
+    return canvas[..., 0] if channels == 1 else canvas[..., :3]
+
+
+def draw_curves(path: Path, metrics: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Save a run's curves: training losses, held-out loss over steps, and over t.
+
+    Args:
+        path: the picture's file.
+        metrics: the lines of metrics.jsonl.
+        title: stands above all.
+    """
+    figure = Figure(figsize=(11, 3.2), dpi=144, layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    losses, heldout, by_timestep = figure.subplots(1, 3)
+    training = [line for line in metrics if "loss" in line]
+    steps = [line["step"] for line in training]
+    for name, colour in (("denoising_loss", "C0"), ("alignment_loss", "C1")):
+        values = [line[name] for line in training]
+        if any(values):
+            losses.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+            losses.plot(steps, _smooth(values), color=colour, label=name.replace("_", " "))
+    losses.set(title="training", xlabel="step")
+    evaluated = [line for line in metrics if "heldout_ema" in line]
+    for name, label in (("heldout_ema", "EMA weights"), ("heldout_raw", "raw weights")):
+        heldout.plot(
+            [line["step"] for line in evaluated],
+            [line[name] for line in evaluated],
+            marker="o",
+            markersize=3,
+            label=label,
+        )
+        if evaluated:
+            values = evaluated[-1][f"{name}_by_timestep"]
+            centres = [(k + 0.5) / len(values) for k in range(len(values))]
+            by_timestep.plot(centres, values, marker="o", markersize=3, label=label)
+    heldout.set(title="held-out denoising loss", xlabel="step")
+    by_timestep.set(title="held-out denoising loss at the end", xlabel="t (1 is noise)")
+    for axis in (losses, heldout, by_timestep):
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize=8)
+    figure.savefig(path)
+
+
+def _smooth(values: Sequence[float], window: float = 0.05) -> list[float]:
+    """Moving average over a share of the curve."""
+    half = max(1, int(len(values) * window)) // 2 + 1
+    return [float(np.mean(values[max(0, i - half) : i + half])) for i in range(len(values))]

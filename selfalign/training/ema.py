@@ -1,0 +1,34 @@
+"""The exponential moving average of the weights: teacher, and the model that is sampled."""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from selfalign.models.sit import SiT
+
+
+class EMA:
+    """Keeps `model`, a frozen copy whose weights follow a student's.
+
+    Args:
+        student: the model that is trained.
+        decay: share of the average that an update keeps.
+        warmup: use min(decay, (1+step)/(10+step)), without which a short run's average stays near
+            its initial weights.
+    """
+
+    def __init__(self, student: SiT, decay: float, warmup: bool = True) -> None:
+        self.decay, self.warmup = decay, warmup
+        self.model = copy.deepcopy(student).eval().requires_grad_(False)
+        self._averages: list[Tensor] = list(self.model.parameters())
+        self._weights: list[Tensor] = list(student.parameters())
+
+    def decay_at(self, step: int) -> float:
+        """Decay of the update after optimizer step `step`, counted from 0."""
+        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the average towards the student: one fused pass over all weights."""
+        torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay_at(step))

@@ -1,0 +1,321 @@
+"""The training loop, top to bottom."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from torch import nn
+
+from selfalign.config import RunConfig, TrainingConfig
+from selfalign.data import DataSource, training_batches
+from selfalign.errors import UserError
+from selfalign.models.sit import SiT
+from selfalign.objective import Losses, Objective
+from selfalign.randomness import make_generator
+from selfalign.training.checkpoint import (
+    load_optimizer,
+    load_state,
+    load_weights,
+    save_checkpoint,
+)
+from selfalign.training.ema import EMA
+from selfalign.training.tracking import Metrics
+from selfalign.views import draw_views
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+@dataclass
+class TrainingState:
+    """Everything a run is at some step."""
+
+    config: RunConfig
+    source: DataSource
+    folder: Path
+    accelerator: Accelerator
+    student: SiT
+    """The trained model, unwrapped."""
+    ema: EMA
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    """Optimizer steps done."""
+    stopped_by: int | None = None
+    """The signal that stopped the run before its last step."""
+    metrics: Metrics | None = field(default=None, repr=False)
+
+
+class Monitor(Protocol):
+    """Something done now and then, in the main process, with the state of a run."""
+
+    @property
+    def every(self) -> int:
+        """Steps between calls; 0: only at the end."""
+        ...
+
+    def __call__(self, state: TrainingState) -> None:
+        """Look at the run; must not change it."""
+        ...
+
+
+Progress = Callable[[TrainingState, dict[str, float]], None]
+"""Told of the values of each logged step."""
+
+
+def train(
+    config: RunConfig,
+    source: DataSource,
+    folder: Path,
+    *,
+    checkpoint: Path | None = None,
+    monitors: Sequence[Monitor] = (),
+    progress: Progress = lambda state, values: None,
+) -> TrainingState:
+    """Train a model, from the start or from a checkpoint, until the last step or a stop signal.
+
+    Whatever happens at step s is a function of the config and s; a run's state is therefore its step,
+    weights, EMA and optimizer, and resuming changes nothing.
+
+    Args:
+        config: a resolved tree.
+        source: the data.
+        folder: the run's folder, which exists.
+        checkpoint: where to go on from; None starts anew.
+        monitors: called when their step has come, and at the end.
+        progress: told of every logged step.
+
+    Raises:
+        UserError: the settings do not fit the machine, or the loss is no longer finite.
+    """
+    training = config.training
+    accelerator = _accelerator(training, folder)
+    micro_batch = _micro_batch_size(training, accelerator.num_processes)
+    student = SiT.from_config(config).to(accelerator.device)
+    ema = EMA(student, training.ema_decay, training.ema_warmup)
+    optimizer = torch.optim.AdamW(
+        student.parameters(),
+        lr=training.learning_rate,
+        betas=training.adam_betas,
+        weight_decay=training.weight_decay,
+        fused=True,
+    )
+    state = TrainingState(config, source, folder, accelerator, student, ema, optimizer)
+    if checkpoint is not None:
+        _restore(state, checkpoint)
+    model: nn.Module
+    model, optimizer = accelerator.prepare(student, optimizer)
+    # The objective runs under autocast; monitors look at the student in float32.
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    objective: Callable[..., Losses] = Objective(config)
+    if training.compile:
+        objective = torch.compile(objective, dynamic=False)
+    state.metrics = Metrics(folder, accelerator, state.step)
+
+    first_step = state.step
+    batches = training_batches(
+        source.train,
+        seed=config.seed,
+        batch_size=micro_batch,
+        first=first_step * training.gradient_accumulation,
+        last=training.steps * training.gradient_accumulation,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+        workers=config.data.workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    student.train()
+    started, logged_step = time.perf_counter(), first_step
+    with _stop_signals() as signals:
+        while state.step < training.steps and state.stopped_by is None:
+            step = state.step
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(training, step)
+            losses = []
+            for micro_step in range(training.gradient_accumulation):
+                x0, labels = (t.to(accelerator.device, non_blocking=True) for t in next(batches))
+                generator = make_generator(
+                    config.seed,
+                    "views",
+                    step * training.gradient_accumulation + micro_step,
+                    accelerator.process_index,
+                    device=accelerator.device,
+                )
+                draw = draw_views(config, x0.shape, generator)
+                last = micro_step == training.gradient_accumulation - 1
+                with nullcontext() if last else accelerator.no_sync(model):
+                    with accelerator.autocast():
+                        loss = objective(model, ema.model, x0, labels, draw)
+                    accelerator.backward(loss.total / training.gradient_accumulation)
+                losses.append(loss)
+            norm = accelerator.clip_grad_norm_(student.parameters(), training.clip_norm or math.inf)
+            _assert_finite(losses, norm, scaled=accelerator.scaler is not None, state=state)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            ema.update(step)
+            state.step = step + 1
+
+            if state.step % training.log_every == 0 or state.step == training.steps:
+                values = _values(accelerator, losses, norm)
+                values["learning_rate"] = learning_rate(training, step)
+                now = time.perf_counter()
+                seconds = (now - started) / (state.step - logged_step)
+                values["samples_per_second"] = training.batch_size / seconds
+                state.metrics.write(state.step, values)
+                progress(state, values)
+                started, logged_step = time.perf_counter(), state.step
+                state.stopped_by = _agree(accelerator, signals)
+            elif accelerator.num_processes == 1:
+                state.stopped_by = _agree(accelerator, signals)
+            before = time.perf_counter()
+            _visit(state, monitors)
+            started += time.perf_counter() - before  # monitors do not count as training time
+    if state.stopped_by is not None and state.step < training.steps:
+        _save(state)
+    state.metrics.close()
+    return state
+
+
+def learning_rate(training: TrainingConfig, step: int) -> float:
+    """The learning rate of optimizer step `step`, counted from 0."""
+    if step < training.warmup_steps:
+        return training.learning_rate * (step + 1) / training.warmup_steps
+    if training.schedule == "constant":
+        return training.learning_rate
+    done = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)
+    return training.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _accelerator(training: TrainingConfig, folder: Path) -> Accelerator:
+    try:
+        return Accelerator(
+            mixed_precision=PRECISIONS[training.precision],
+            log_with=list(training.trackers),
+            project_config=ProjectConfiguration(
+                str(folder), logging_dir=str(folder / "tensorboard")
+            ),
+        )
+    except ValueError as error:
+        raise UserError(
+            f"training.precision is {training.precision!r}: not on this device ({error}); "
+            "fp32 runs everywhere"
+        ) from error
+
+
+def _micro_batch_size(training: TrainingConfig, processes: int) -> int:
+    shares = processes * training.gradient_accumulation
+    if training.batch_size % shares:
+        raise UserError(
+            f"training.batch_size is {training.batch_size}: must be a multiple of {shares} "
+            f"({processes} processes × {training.gradient_accumulation} micro-batches)"
+        )
+    return training.batch_size // shares
+
+
+def _restore(state: TrainingState, checkpoint: Path) -> None:
+    load_weights(checkpoint, state.student, "model.safetensors")
+    load_weights(checkpoint, state.ema.model, "ema.safetensors")
+    load_optimizer(checkpoint, state.student, state.optimizer)
+    saved = load_state(checkpoint)
+    state.step = saved["step"]
+    if state.accelerator.scaler is not None and saved.get("scaler"):
+        state.accelerator.scaler.load_state_dict(saved["scaler"])
+
+
+def _save(state: TrainingState) -> None:
+    state.accelerator.wait_for_everyone()
+    if state.accelerator.is_main_process:
+        scaler = state.accelerator.scaler
+        save_checkpoint(
+            state.folder / "checkpoints",
+            state.step,
+            state.student,
+            state.ema.model,
+            state.optimizer,
+            {"scaler": scaler.state_dict() if scaler is not None else None},
+            state.config.training.keep_checkpoints,
+        )
+
+
+def _visit(state: TrainingState, monitors: Sequence[Monitor]) -> None:
+    """Checkpoint and call monitors where their step has come."""
+    training = state.config.training
+    finished = state.step == training.steps
+
+    def due(every: int) -> bool:
+        return finished or (every > 0 and state.step % every == 0)
+
+    if due(training.checkpoint_every):
+        _save(state)
+    for monitor in monitors:
+        if due(monitor.every) and state.accelerator.is_main_process:
+            monitor(state)
+
+
+def _assert_finite(
+    losses: list[Losses], norm: torch.Tensor, *, scaled: bool, state: TrainingState
+) -> None:
+    """Assert on the device that the step is sound, before the optimizer moves the weights.
+
+    No value travels to Python: on a GPU the failed assertion surfaces at the next synchronisation,
+    and by then no weight has changed. Under fp16 the scaler skips steps with infinite gradients.
+    """
+    checks = [loss.total for loss in losses] if scaled else [*(x.total for x in losses), norm]
+    try:
+        torch._assert_async(torch.isfinite(torch.stack(checks)).all())
+    except RuntimeError as error:
+        raise UserError(
+            f"the loss or its gradient is no longer finite at step {state.step + 1}: lower "
+            f"training.learning_rate ({state.config.training.learning_rate}); the checkpoints in "
+            f"{state.folder / 'checkpoints'} are untouched"
+        ) from error
+
+
+def _values(accelerator: Accelerator, losses: list[Losses], norm: torch.Tensor) -> dict[str, float]:
+    """The step's losses, averaged over micro-batches and processes: the one place that waits."""
+    terms = [torch.stack([x.total, x.denoising.mean(), x.alignment]) for x in losses]
+    mean = accelerator.reduce(torch.stack(terms).mean(dim=0).detach(), "mean")
+    total, denoising, alignment = mean.tolist()
+    return {
+        "loss": total,
+        "denoising_loss": denoising,
+        "alignment_loss": alignment,
+        "gradient_norm": float(norm),
+    }
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Note the first Ctrl-C or SIGTERM instead of dying of it; a second one is immediate."""
+    signals: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+
+    # Only the main thread may change how signals are handled.
+    in_main = threading.current_thread() is threading.main_thread()
+    watched = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+    previous = {number: signal.signal(number, note) for number in watched}
+    try:
+        yield signals
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _agree(accelerator: Accelerator, signals: list[int]) -> int | None:
+    """The signal to stop for, if any process was sent one; all processes stop at the same step."""
+    signalled = torch.tensor(signals[0] if signals else 0, device=accelerator.device)
+    if accelerator.num_processes > 1:
+        signalled = accelerator.gather(signalled[None]).max()
+    return int(signalled) or None

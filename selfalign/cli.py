@@ -19,8 +19,10 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -28,6 +30,7 @@ from rich.progress import (
 from rich.table import Table
 
 from selfalign.config import RunConfig
+from selfalign.data.latents import PrepareConfig, prepare, verify
 from selfalign.errors import UserError
 from selfalign.recipes import RECIPES, recipe
 from selfalign.run import (
@@ -93,6 +96,26 @@ class SampleArguments:
     """Which weights to sample from."""
 
 
+@dataclass(frozen=True)
+class PrepareArguments:
+    """Prepare a data set."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Class folders of images; a .tar, .parquet or .arrow file or a folder of them; a folder with
+    dataset.json (vae-sd); torchvision:NAME[:FOLDER]; or hub:OWNER/NAME[:SPLIT]."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """Folder for the result."""
+    settings: Annotated[PrepareConfig, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True)
+class VerifyArguments:
+    """Check a prepared data set."""
+
+    verify: Path
+    """Folder of the data set."""
+
+
 def train_command(arguments: Sequence[str]) -> int:
     """`selfalign train`."""
     usage = (
@@ -149,14 +172,7 @@ def sample_command(arguments: Sequence[str]) -> int:
     sampling, labels = parsed.sampling, parsed.labels
     check_sampling(run.model, sampling, run.config.views.class_dropout, labels)
     images, chosen = [], []
-    bar = Progress(
-        TextColumn("sampling"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
+    bar = _bar("sampling")
     with bar:
         task = bar.add_task("", total=parsed.num)
         batches = generate(
@@ -192,6 +208,66 @@ def sample_command(arguments: Sequence[str]) -> int:
     return 0
 
 
+def prepare_command(arguments: Sequence[str]) -> int:
+    """`selfalign prepare`."""
+    if "--verify" in arguments:
+        return _verify(arguments)
+    parsed = _parse(
+        PrepareArguments,
+        arguments,
+        "selfalign prepare",
+        "Encode images once, into a few large files that training reads fast. The same command "
+        "continues what was interrupted; selfalign prepare --verify OUT checks the result. "
+        "Example: selfalign prepare imagenet/train data/imagenet256 --vae ema --processes 8",
+    )
+    with _bar("preparing") as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int) -> None:
+            if bar.tasks[task].total is None:
+                bar.reset(task, completed=done, total=total)  # what was finished before is no speed
+            bar.update(task, completed=done)
+
+        manifest = prepare(parsed.source, parsed.out, parsed.settings, show)
+    images = sum(shard.records for shard in manifest.shards)
+    size = images * manifest.layout.record_bytes
+    classes = len(manifest.layout.class_names)
+    console.print(
+        f"{images:,} images, {classes or 'no'} classes, as {manifest.layout.kind} in "
+        f"{len(manifest.shards)} files of together {size / 1e9:,.2f} GB: {parsed.out}"
+    )
+    if manifest.skipped:
+        listed = ", ".join(manifest.skipped[:10]) + (", …" if len(manifest.skipped) > 10 else "")
+        console.print(
+            f"left out as unreadable: {len(manifest.skipped):,} ({listed}); all are listed in "
+            f"{parsed.out / 'manifest.json'}"
+        )
+    console.print(
+        f"train on it: selfalign train RECIPE --out DIR --data.name latents --data.root {parsed.out}"
+    )
+    return 0
+
+
+def _verify(arguments: Sequence[str]) -> int:
+    parsed = _parse(
+        VerifyArguments,
+        arguments,
+        "selfalign prepare",
+        "Compare a prepared data set with its checksums. "
+        "Example: selfalign prepare --verify data/imagenet256",
+    )
+    with _bar("verifying", DownloadColumn()) as bar:
+        task = bar.add_task("", total=None)
+        problems = verify(
+            parsed.verify, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    if problems:
+        found = "; ".join(f"{file} {problem}" for file, problem in problems.items())
+        raise UserError(f"{parsed.verify}: {found}")
+    console.print(f"{parsed.verify}: every checksum is right")
+    return 0
+
+
 def recipes_command(arguments: Sequence[str]) -> int:
     """`selfalign recipes`."""
     if arguments and arguments[0] not in ("-h", "--help"):
@@ -210,6 +286,7 @@ def recipes_command(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train_command, "train a recipe, or go on with a run"),
     "sample": (sample_command, "sample from a run"),
+    "prepare": (prepare_command, "encode a data set once, into files that training reads fast"),
     "recipes": (recipes_command, "list the recipes and what sets them apart"),
 }
 
@@ -286,6 +363,19 @@ def _one_line(message: str) -> str:
             break
         kept.append(line)
     return " ".join(kept or said)
+
+
+def _bar(name: str, counts: ProgressColumn | None = None) -> Progress:
+    """A bar with counts, the time it took and the time left."""
+    return Progress(
+        TextColumn(name),
+        BarColumn(),
+        counts or MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -61,25 +61,20 @@ ENCODE_BATCH = 16
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """What to prepare, and how."""
+    """How images are prepared."""
 
-    source: str
-    """Where the images are: a folder of class subfolders, a .tar, .parquet or .arrow file or a folder
-    of them, a vae-sd folder with dataset.json, torchvision:NAME[:FOLDER], or hub:OWNER/NAME[:SPLIT]."""
-    out: str
-    """Folder for the result."""
     image_size: int = 256
     """Side of the square that images are cropped and resized to."""
     vae: str = "ema"
     """Autoencoder: ema or mse (those of Stable Diffusion), a folder with one, or none for pixels."""
-    dtype: str = "float16"
-    """Stored latents: float16 or float32. Pixels are stored as bytes."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Numbers that latents are stored as; pixels are stored as bytes."""
     flip: bool = False
     """Store each image's mirrored copy too, for --data.flip."""
     skip_unreadable: bool = False
     """Leave unreadable images out and list them in the manifest, instead of stopping."""
     processes: int = 1
-    """Processes that decode and encode; with GPUs they are shared among them."""
+    """Processes that decode and encode; GPUs are shared out among them."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "processes"):
@@ -93,37 +88,41 @@ class PrepareConfig:
             )
 
 
-def prepare(config: PrepareConfig, progress: Progress = lambda done, total: None) -> Manifest:
+def prepare(
+    source: str,
+    out: Path,
+    config: PrepareConfig,
+    progress: Progress = lambda done, total: None,
+) -> Manifest:
     """Make a stored set, or finish one that was begun with the same settings.
 
     Args:
-        config: what to prepare.
+        source: where the images are; see `open_source`.
+        out: folder for the result.
+        config: how they are prepared.
         progress: called with images done and images in all.
 
     Raises:
         UserError: the source, the autoencoder or the disk do not allow it, or `out` holds another
             set. What is finished stays, and the same call continues.
     """
-    root = Path(config.out)
-    source = open_source(config.source)
-    autoencoder = None if config.vae == "none" else _load(config, source)
-    layout = _layout(config, source, autoencoder)
-    with writing_to(root):
-        if root.resolve().is_relative_to(Path(config.source).resolve()):
-            raise UserError(
-                f"out is {config.out!r}, inside the source: allowed is any other folder"
-            )
-        root.mkdir(parents=True, exist_ok=True)
-        with _locked(root):
-            if (root / MANIFEST).exists():
-                manifest = read_manifest(root)
-                _require_same(root / MANIFEST, manifest.layout, layout)
-                _clean(root)
+    opened = open_source(source)
+    autoencoder = None if config.vae == "none" else _load(config, opened)
+    layout = _layout(source, opened, config, autoencoder)
+    if out.resolve().is_relative_to(Path(source).resolve()):
+        raise UserError(f"out is {str(out)!r}, inside the source: allowed is any other folder")
+    with writing_to(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with _locked(out):
+            if (out / MANIFEST).exists():
+                manifest = read_manifest(out)
+                _require_same(out / MANIFEST, manifest.layout, layout)
+                _clean(out)
                 progress(layout.images, layout.images)
                 return manifest
-            _begin(root, layout, autoencoder)
-            shards = _write_shards(config, source, layout, progress)
-            return _finish(root, source, layout, shards)
+            _begin(out, layout, autoencoder)
+            shards = _write_shards(out, opened, config, layout, progress)
+            return _finish(out, opened, layout, shards)
 
 
 def _load(config: PrepareConfig, source: Source) -> "AutoencoderKL | None":
@@ -136,14 +135,16 @@ def _load(config: PrepareConfig, source: Source) -> "AutoencoderKL | None":
         raise
 
 
-def _layout(config: PrepareConfig, source: Source, autoencoder: "AutoencoderKL | None") -> Layout:
+def _layout(
+    name: str, source: Source, config: PrepareConfig, autoencoder: "AutoencoderKL | None"
+) -> Layout:
     size = config.image_size
     scale, shift = (1.0, 0.0) if config.vae == "none" else (vae.NAMED_SCALE, 0.0)
     sha256 = ""
     shape: tuple[int, ...] = (3, size, size)
     if config.vae == "none" and source.moments:
         raise UserError(
-            f"source {config.source!r} holds latents, and vae is none: allowed is the VAE that "
+            f"source {name!r} holds latents, and vae is none: allowed is the VAE that "
             "encoded them (ema, mse or a folder)"
         )
     if autoencoder is not None:
@@ -174,7 +175,7 @@ def _layout(config: PrepareConfig, source: Source, autoencoder: "AutoencoderKL |
         autoencoder="" if config.vae == "none" else config.vae,
         autoencoder_sha256=sha256,
         class_names=source.class_names,
-        source=printable(config.source),
+        source=printable(name),
         fingerprint=source.fingerprint,
         images=images,
         shard_images=max(
@@ -251,8 +252,9 @@ def _record_name(shard: int) -> str:
 class _Job:
     """What a worker needs to write any shard."""
 
-    config: PrepareConfig
+    root: Path
     source: Source
+    config: PrepareConfig
     layout: Layout
     done: Any
     """Shared number of images done."""
@@ -260,10 +262,6 @@ class _Job:
     """Shared number of workers that have started."""
     stop: Any
     """Shared event: give up."""
-
-    @property
-    def root(self) -> Path:
-        return Path(self.config.out)
 
     def images_of(self, shard: int) -> range:
         """Positions in the source."""
@@ -396,17 +394,17 @@ def _write_shard(shard: int) -> Shard:
 
 
 def _write_shards(
-    config: PrepareConfig, source: Source, layout: Layout, progress: Progress
+    root: Path, source: Source, config: PrepareConfig, layout: Layout, progress: Progress
 ) -> list[Shard]:
     """All shards of the set, of which finished ones are not written again."""
     context = multiprocessing.get_context("spawn")
     job = _Job(
-        config, source, layout, context.Value("q", 0), context.Value("q", 0), context.Event()
+        root, source, config, layout, context.Value("q", 0), context.Value("q", 0), context.Event()
     )
     shards: dict[int, Shard] = {}
     missing = []
     for number in range(-(-layout.images // layout.shard_images)):
-        finished = _finished(job.root, number, layout)
+        finished = _finished(root, number, layout)
         if finished is None:
             missing.append(number)
         else:

@@ -43,12 +43,12 @@ class Layout:
 
     kind: str
     """`moments` of a VAE's posterior, or `pixels`."""
+    image_size: int
+    """Side of the images, in pixels."""
     dtype: str
     """numpy's name of the stored numbers."""
     shape: tuple[int, int, int, int]
     """One record: views, channels, height, width."""
-    image_size: int
-    """Side of the images, in pixels."""
     scale: float
     """The model sees latents · scale + shift."""
     shift: float

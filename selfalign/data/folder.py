@@ -60,10 +60,11 @@ def decode_image(open_image: Callable[[], Image.Image], name: str, size: int) ->
         UserError: this is not a readable image; the message names it.
     """
     try:
-        with warnings.catch_warnings(), open_image() as image:
+        with warnings.catch_warnings():
             # Pillow warns of damaged tags and of large images, and raises for what it cannot read.
             warnings.simplefilter("ignore")
-            pixels = np.array(centre_crop(_to_rgb(image), size))
+            with open_image() as image:
+                pixels = np.array(centre_crop(_to_rgb(image), size))
     except Exception as error:  # the formats' readers raise nearly anything for damaged files
         reason = str(error) or type(error).__name__
         raise UserError(

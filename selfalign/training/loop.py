@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 from torch import nn
 
@@ -195,10 +196,12 @@ def learning_rate(training: TrainingConfig, step: int) -> float:
 
 
 def _accelerator(training: TrainingConfig, folder: Path) -> Accelerator:
+    # accelerate keeps the precision of a process's first run; every run has its own.
+    AcceleratorState._reset_state()
     try:
         return Accelerator(
             mixed_precision=PRECISIONS[training.precision],
-            log_with=list(training.trackers),
+            log_with=list(training.trackers) or None,
             project_config=ProjectConfiguration(
                 str(folder), logging_dir=str(folder / "tensorboard")
             ),

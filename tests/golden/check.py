@@ -19,12 +19,20 @@ from torch import Tensor
 from selfalign import Draw, Objective, SiT, TokenGroups, recipe
 from selfalign.alignment import DISTANCES
 from selfalign.flow import PATHS
+from selfalign.interop.released import Source, build_dit, build_projectors, build_sit
 from selfalign.sampling.guidance import Guidance, GuidedModel
 from selfalign.sampling.solvers import solve_ode, solve_sde
+from selfalign.views import patchify, unpatchify
 
 TOLERANCE = 2e-5
 LOSS_NAMES = {"cos": "cosine-over-tokens", "sml1": "smooth-l1", "l1": "l1", "l2": "l2"}
 TEACHER_TIMESTEPS = {"sra": "sra", "self_flow": "self-flow", "same": "same"}
+SOURCES: dict[str, Source] = {
+    "willisma/SiT": "sit",
+    "sihyun-yu/REPA": "repa",
+    "black-forest-labs/Self-Flow": "self-flow",
+    "vvvvvjdy/SRA": "sra",
+}
 Tensors = dict[str, Tensor]
 Results = dict[str, Tensor]
 
@@ -163,11 +171,45 @@ def recorded_groups(
     )
 
 
+def check_checkpoint(meta: dict[str, Any], tensors: Tensors) -> Results:
+    """What a released checkpoint predicts."""
+    x, t, labels = tensors["x"], tensors["t"], tensors["labels"]
+    state, heads = weights(tensors, "model."), meta["heads"]
+    if "out.eps_sigma" in tensors:
+        return {"out.eps_sigma": torch.cat(build_dit(state, heads=heads)(x, t, labels), dim=1)}
+    source = SOURCES[meta["source"].split()[0]]
+    model = build_sit(state, source, heads=heads, channels=x.shape[1])
+    if source == "sit":  # recorded in its own time, t = 1 is data, and towards data
+        return {"out.velocity": -model.velocity(x, 1 - t, labels)}
+    velocity = model.velocity(x, t, labels)
+    results = {"out.velocity": velocity, "out.model_image": velocity}
+    tokens = patchify(x, model.patch_size)
+    if "t_per_token" in tensors:
+        groups = TokenGroups(order=None, sizes=(1,) * model.num_tokens)
+        velocity, _ = model(tokens, tensors["t_per_token"], labels, groups)
+        results["out.model_image_per_token"] = unpatchify(
+            velocity, model.patch_size, model.image_size
+        )
+    if "encoder_features" in tensors:
+        whole = TokenGroups(order=None, sizes=(model.num_tokens,))
+        features = model.features(tokens, t[:, None], labels, whole, meta["encoder_depth"])
+        projected = build_projectors(state)[0](features)
+        results["out.projected"] = projected
+        # REPA's loss is the negative similarity, without the 1 of a distance.
+        distance = DISTANCES["cosine"](projected, tensors["encoder_features"])
+        results["out.projection_loss"] = distance[None] - 1
+    return results
+
+
 def check(file: Path) -> Iterator[tuple[str, float]]:
     """Every recorded tensor of a file with its maximum absolute error (infinite where absent)."""
     meta, tensors = read(file)
-    run = check_sampler if "kind" in meta else check_objective
-    results = run(meta, tensors)
+    if "kind" in meta:
+        results = check_sampler(meta, tensors)
+    elif "x0" in tensors:
+        results = check_objective(meta, tensors)
+    else:
+        results = check_checkpoint(meta, tensors)
     for name in sorted(k for k in tensors if k.startswith(("out.", "grad."))):
         error = float("inf")
         if name in results and results[name].shape == tensors[name].shape:

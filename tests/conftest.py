@@ -1,0 +1,44 @@
+"""Shared by all tests: small runs, made once."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
+from selfalign import RunConfig, recipe
+from selfalign.run import start_run
+
+SMALL = {
+    "model.size": "tiny/2",
+    "training.steps": 6,
+    "training.batch_size": 8,
+    "training.learning_rate": 1e-3,
+    "training.log_every": 2,
+    "training.heldout_samples": 20,
+    "training.trackers": (),
+}
+"""A run of a few seconds: digits, 16 tokens."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_per_test() -> None:
+    """Small models gain nothing from threads, and bitwise comparisons need their number fixed."""
+    torch.set_num_threads(1)
+    run.GRID_STEPS = 2
+
+
+@pytest.fixture(scope="session")
+def small_config() -> RunConfig:
+    """The paper's recipe as a run of a few seconds."""
+    return recipe("sra-dts-as", SMALL)
+
+
+@pytest.fixture(scope="session")
+def small_run(small_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished small run. Do not write into it."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    run.start_run(small_config, folder, lambda state, values: None)
+    return folder

@@ -1,0 +1,204 @@
+"""A run: exact resume, stopping, accumulation, schedules, and what it leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+from safetensors.torch import load_file
+
+from selfalign import RECIPES, UserError, override, recipe
+from selfalign.config import RunConfig, TrainingConfig
+from selfalign.run import read_config, resume_run, start_run
+from selfalign.training.checkpoint import FILES, latest_checkpoint
+from selfalign.training.ema import EMA
+from selfalign.training.loop import TrainingState, learning_rate
+from selfalign.training.tracking import read_metrics
+
+
+def quiet(state: TrainingState, values: dict[str, float]) -> None:
+    """No progress."""
+
+
+def assert_same_state(first: Path, second: Path) -> None:
+    """Weights, EMA and optimizer of two runs' last checkpoints are bitwise the same."""
+    for file in FILES[:3]:
+        a, b = (load_file(latest_checkpoint(f / "checkpoints") / file) for f in (first, second))
+        assert a.keys() == b.keys()
+        assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def logged_losses(folder: Path) -> list[dict[str, float]]:
+    """The logged losses, without what depends on the clock."""
+    lines = read_metrics(folder)
+    return [{k: v for k, v in line.items() if k != "samples_per_second"} for line in lines]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {
+            "training.gradient_accumulation": 2,
+            "data.flip": True,
+            "views.whole_image_fraction": 0.25,
+        },
+        {"training.schedule": "cosine", "training.warmup_steps": 5, "flow.path": "cosine"},
+    ],
+    ids=["plain", "accumulated", "scheduled"],
+)
+def test_resuming_is_exact(tmp_path: Path, overrides: dict[str, object]) -> None:
+    every = {"training.evaluate_every": 20, "training.checkpoint_every": 20}
+    config = recipe("sra-dts-as", {**SMALL, **every, "training.steps": 40, **overrides})
+    start_run(config, tmp_path / "whole", quiet)
+    # The same 40 steps, killed right after the checkpoint of step 20.
+    halves = tmp_path / "halves"
+
+    class KilledError(Exception):
+        pass
+
+    def kill(state: TrainingState, values: dict[str, float]) -> None:
+        if state.step == 22:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        start_run(config, halves, kill)
+    assert read_metrics(halves)[-1]["step"] == 22
+    resume_run(halves, None, quiet)
+    assert_same_state(tmp_path / "whole", halves)
+    assert logged_losses(tmp_path / "whole") == logged_losses(halves)
+
+
+def test_a_finished_run_goes_on_as_if_it_had_been_longer(tmp_path: Path) -> None:
+    config = recipe("sra-dts-as", {**SMALL, "training.steps": 40})
+    start_run(config, tmp_path / "whole", quiet)
+    start_run(override(config, {"training.steps": 20}), tmp_path / "halves", quiet)
+    resume_run(tmp_path / "halves", 40, quiet)
+    assert_same_state(tmp_path / "whole", tmp_path / "halves")
+    with pytest.raises(UserError, match="finished: 40 of 40"):
+        resume_run(tmp_path / "halves", 40, quiet)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains(tmp_path: Path, name: str) -> None:
+    config = recipe(name, {**SMALL, "training.steps": 3, "training.log_every": 1})
+    state = start_run(config, tmp_path / "run", quiet)
+    assert state.step == 3
+    losses = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
+    aligned = config.alignment.target != "none"
+    assert all((line["alignment_loss"] > 0) == aligned for line in losses)
+    assert (state.student.ap_head is not None) == aligned
+
+
+def test_recipes_start_from_the_same_weights_and_see_the_same_noise(tmp_path: Path) -> None:
+    first_losses = set()
+    for name in ("sit", "sra", "sra-as"):
+        config = recipe(name, {**SMALL, "training.steps": 1, "training.log_every": 1})
+        start_run(config, tmp_path / name, quiet)
+        first_losses.add(read_metrics(tmp_path / name)[0]["denoising_loss"])
+    # The untrained output is zero, so the first loss is a function of data, noise and timestep.
+    assert max(first_losses) - min(first_losses) < 1e-5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    folder = tmp_path / "run"
+    options = ["--model.size", "tiny/2", "--training.batch-size", "8", "--training.steps", "100000"]
+    command = [sys.executable, "-m", "selfalign.cli", "train", "sra-dts-as", "--out", str(folder)]
+    process = subprocess.Popen(
+        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 90
+    while not read_metrics(folder) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.kill(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    step = json.loads((checkpoint / "state.json").read_text())["step"]
+    assert f"stopped after step {step} of 100000" in output
+    assert f"selfalign train --resume {folder}" in output
+    assert resume_run(folder, step + 2, quiet).step == step + 2
+
+
+def test_a_run_leaves_what_the_design_says(small_run: Path) -> None:
+    assert (small_run / "curves.png").stat().st_size > 1000
+    assert [p.name for p in (small_run / "samples").iterdir()] == ["step_00000006.png"]
+    config, _ = read_config(small_run)
+    assert config.alignment.student_block == 2
+    assert config.alignment.teacher_block == 4
+    assert config.model.image_size == (8, 8)
+    last = read_metrics(small_run)[-1]
+    assert len(last["heldout_ema_by_timestep"]) == len(last["heldout_raw_by_timestep"]) == 10
+
+
+def test_accumulated_batches_give_the_whole_batch_gradient(tmp_path: Path) -> None:
+    # Under `sit` without dropped labels nothing depends on the split but the draws, so compare the
+    # first loss only through its mean: both runs see the same images.
+    config = recipe("sit", {**SMALL, "training.steps": 2, "training.log_every": 1})
+    whole = start_run(config, tmp_path / "a", quiet)
+    parts = start_run(
+        override(config, {"training.gradient_accumulation": 4}), tmp_path / "b", quiet
+    )
+    assert whole.step == parts.step == 2
+    with pytest.raises(UserError, match="gradient_accumulation is 3"):
+        override(config, {"training.gradient_accumulation": 3})
+
+
+def test_learning_rate_schedules() -> None:
+    constant = TrainingConfig(steps=100, learning_rate=1.0, warmup_steps=10)
+    assert learning_rate(constant, 0) == pytest.approx(0.1)
+    assert learning_rate(constant, 9) == learning_rate(constant, 99) == 1
+    cosine = TrainingConfig(steps=110, learning_rate=1.0, warmup_steps=10, schedule="cosine")
+    assert learning_rate(cosine, 10) == 1
+    assert learning_rate(cosine, 60) == pytest.approx(0.5)
+    assert learning_rate(cosine, 109) < 0.001
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_move(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    # Without clipping and with this learning rate the weights overflow within a few steps.
+    wild = {"training.learning_rate": 1e30, "training.clip_norm": 0.0, "training.steps": 50}
+    config = recipe("sra-dts-as", {**SMALL, **wild, "training.checkpoint_every": 1})
+    with pytest.raises(
+        UserError, match=r"no longer finite at step \d+: lower training.learning_rate"
+    ):
+        start_run(config, folder, quiet)
+    weights = load_file(latest_checkpoint(folder / "checkpoints") / "model.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_reduced_precision_trains_close_to_float32(tmp_path: Path, precision: str) -> None:
+    config = recipe("sra-dts-as", {**SMALL, "training.log_every": 1})
+    start_run(config, tmp_path / "fp32", quiet)
+    start_run(override(config, {"training.precision": precision}), tmp_path / "low", quiet)
+    full, low = (
+        [line["loss"] for line in read_metrics(tmp_path / name) if "loss" in line]
+        for name in ("fp32", "low")
+    )
+    assert low == pytest.approx(full, rel=0.03)
+    assert low != full
+
+
+def test_the_average_follows_the_formula(small_config: RunConfig) -> None:
+    student = torch.nn.Linear(2, 2)
+    ema = EMA(student, decay=0.9)  # type: ignore[arg-type]
+    expected = student.weight.detach().clone()
+    for step in range(200):
+        with torch.no_grad():
+            student.weight.add_(1)
+        ema.update(step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * student.weight.detach()
+    assert torch.allclose(ema.model.weight, expected, rtol=1e-5)
+    assert EMA(student, 0.9999, warmup=False).decay_at(0) == 0.9999  # type: ignore[arg-type]
+    assert not any(p.requires_grad for p in ema.model.parameters())

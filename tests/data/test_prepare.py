@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -268,15 +267,17 @@ def test_too_little_space_is_said_before_the_work(
         prepare(str(class_folder), tmp_path / "out", PIXELS)
 
 
-def test_a_disk_that_fills_up_loses_nothing(
-    class_folder: Path, tmp_path: Path, small_shards: None
-):
+def test_a_disk_that_fills_up_loses_nothing(class_folder: Path, tmp_path: Path, small_shards: None):
     """RLIMIT_FSIZE refuses to write past a size, where a full disk refuses to write at all."""
     out = tmp_path / "out"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))  # a shard has 4,608 bytes, the last 3,072
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (4000, hard)
+    )  # a shard has 4,608 bytes, the last 3,072
     try:
-        with pytest.raises(UserError, match=r"cannot write to .*: File too large; what is finished"):
+        with pytest.raises(
+            UserError, match=r"cannot write to .*: File too large; what is finished"
+        ):
             prepare(str(class_folder), out, PIXELS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -350,6 +351,11 @@ def test_command(class_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "40 images, 2 classes, as pixels in 1 files" in capsys.readouterr().out
     assert main(["prepare", "--verify", out]) == 0
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["format"] == 1
-    for wrong in (["--image-size", "0"], ["--vae", "nothing"], ["--dtype", "int8"], ["--processes"]):
+    for wrong in (
+        ["--image-size", "0"],
+        ["--vae", "nothing"],
+        ["--dtype", "int8"],
+        ["--processes"],
+    ):
         assert main([*words, *wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1

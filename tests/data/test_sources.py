@@ -151,7 +151,8 @@ def test_vae_sd_folder(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"labels": [["0.npy", 0]]}', '{"labels": [["0.npy", "a"], ["1.npy", 1]]}']
+    "content",
+    ["{", "[]", '{"labels": [["0.npy", 0]]}', '{"labels": [["0.npy", "a"], ["1.npy", 1]]}'],
 )
 def test_vae_sd_folder_with_a_bad_listing(tmp_path: Path, content: str):
     for i in (0, 1):

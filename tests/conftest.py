@@ -8,8 +8,7 @@ import torch
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
-from selfalign import RunConfig, recipe
-from selfalign.run import start_run
+from selfalign import RunConfig, recipe, run
 
 SMALL = {
     "model.size": "tiny/2",

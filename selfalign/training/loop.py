@@ -198,8 +198,11 @@ def learning_rate(training: TrainingConfig, step: int) -> float:
 def _accelerator(training: TrainingConfig, folder: Path) -> Accelerator:
     # accelerate keeps the precision of a process's first run; every run has its own.
     AcceleratorState._reset_state()
+    refusal = (
+        f"training.precision is {training.precision!r}: not on this device; fp32 runs everywhere"
+    )
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=PRECISIONS[training.precision],
             log_with=list(training.trackers) or None,
             project_config=ProjectConfiguration(
@@ -207,10 +210,10 @@ def _accelerator(training: TrainingConfig, folder: Path) -> Accelerator:
             ),
         )
     except ValueError as error:
-        raise UserError(
-            f"training.precision is {training.precision!r}: not on this device ({error}); "
-            "fp32 runs everywhere"
-        ) from error
+        raise UserError(f"{refusal} ({error})") from error
+    if training.precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError(f"{refusal}, bf16 on CPUs too")  # accelerate would quietly run float32
+    return accelerator
 
 
 def _micro_batch_size(training: TrainingConfig, processes: int) -> int:

@@ -59,6 +59,7 @@ def test_from_images_to_images(clothes: Path, tmp_path: Path, autoencoder: Path)
         source.num_classes,
     )
     losses: list[float] = []
+    (tmp_path / "run").mkdir()
     state = train(
         config,
         source,

@@ -195,7 +195,7 @@ def start(source: Path, out: Path, processes: int) -> subprocess.Popen[bytes]:
         "if __name__ == '__main__':\n"
         "    from selfalign.data.latents import prepare as _\n"
         "    module = sys.modules['selfalign.data.latents.prepare']\n"
-        "    module.SMALLEST_SHARD, module.ENCODE_BATCH = 20, 4\n"
+        "    module.SMALLEST_SHARD, module.ENCODE_BATCH = 50, 4\n"
         "    from selfalign.cli import main\n"
         f"    sys.exit(main(['prepare', {str(source)!r}, {str(out)!r}, '--image-size', '256',\n"
         f"        '--vae', 'none', '--processes', '{processes}']))\n"
@@ -205,7 +205,7 @@ def start(source: Path, out: Path, processes: int) -> subprocess.Popen[bytes]:
 
 @pytest.mark.slow
 def test_killed_at_any_moment(tmp_path: Path):
-    for i in range(1200):
+    for i in range(500):
         (tmp_path / "images").mkdir(exist_ok=True)
         random_image(i, 300, 300).save(tmp_path / "images" / f"{i}.bmp")
     assert start(tmp_path / "images", tmp_path / "whole", 1).wait() == 0
@@ -228,7 +228,7 @@ def test_killed_at_any_moment(tmp_path: Path):
             assert finished.items() <= now.items()
         finished = now
         assert kills < 100
-    assert kills > 5
+    assert kills > 3
     assert contents(out) == contents(tmp_path / "whole")
     assert verify(out) == {}
 

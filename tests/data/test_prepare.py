@@ -263,7 +263,7 @@ def test_too_little_space_is_said_before_the_work(
     monkeypatch.setattr(
         module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})()
     )
-    with pytest.raises(UserError, match=r"0\.00 GB free: needed are 0\.00 GB"):
+    with pytest.raises(UserError, match=r"0\.0 MB free: needed are 0\.0 MB"):
         prepare(str(class_folder), tmp_path / "out", PIXELS)
 
 

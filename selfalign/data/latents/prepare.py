@@ -221,7 +221,7 @@ def _begin(root: Path, layout: Layout, autoencoder: "AutoencoderKL | None") -> N
     free = shutil.disk_usage(root).free
     if missing > free:
         raise UserError(
-            f"{str(root)!r} has {free / 1e9:,.2f} GB free: needed are {missing / 1e9:,.2f} GB"
+            f"{str(root)!r} has {free / 1e6:,.1f} MB free: needed are {missing / 1e6:,.1f} MB"
         )
     if autoencoder is not None and not (root / AUTOENCODER).exists():
         vae.store_autoencoder(autoencoder, root / AUTOENCODER)

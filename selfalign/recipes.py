@@ -31,7 +31,7 @@ _IMAGENET = {
     "training.ema_warmup": False,
     "training.precision": "bf16",
     "data.name": "latents",
-    "data.workers": 4,
+    "data.workers": 2,
 }
 _XL = {"model.size": "XL/2", "alignment.student_block": 8, "alignment.teacher_block": 20}
 

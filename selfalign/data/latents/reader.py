@@ -46,9 +46,10 @@ class Records:
         Raises:
             UserError: a shard cannot be read, or has become shorter.
         """
-        shape = self.layout.shape[1:]
-        batch = np.empty((len(indices), *shape), self.layout.dtype)
-        rows = batch.reshape(len(indices), -1).view(np.uint8)
+        batch = torch.empty(
+            (len(indices), *self.layout.shape[1:]), dtype=getattr(torch, self.layout.dtype)
+        )
+        rows = batch.view(len(indices), -1).numpy().view(np.uint8)
         size = self.layout.record_bytes // self.layout.shape[0]
         shards = np.searchsorted(self.ends, indices, side="right")
         places = []
@@ -69,7 +70,7 @@ class Records:
                     f"{file.name} ends early: `selfalign prepare --verify {self.root}` tells "
                     "what is damaged"
                 )
-        return torch.from_numpy(batch)
+        return batch
 
     def _file(self, shard: int) -> BinaryIO:
         if shard not in self._files:
@@ -113,14 +114,17 @@ class StoredSplit:
             images = self.records.read(chosen, [0] * len(indices)).float() / 127.5 - 1
             mask = torch.tensor(mirrored, dtype=torch.bool)[:, None, None, None]
             return torch.where(mask, images.flip(-1), images), labels
-        mean, std = self.records.read(chosen, mirrored).float().chunk(2, dim=1)
-        if seeds is not None:
+        mean, std = self.records.read(chosen, mirrored).chunk(2, dim=1)
+        latents = torch.empty(mean.shape)
+        if seeds is None:
+            latents.copy_(mean)
+        else:
+            # In place: fresh memory for every step costs more than the arithmetic.
             generator = torch.Generator()
-            noise = torch.empty(mean.shape)
-            for sample, seed in zip(noise, seeds, strict=True):
+            for sample, seed in zip(latents, seeds, strict=True):
                 sample.normal_(generator=generator.manual_seed(seed))
-            mean = torch.addcmul(mean, std, noise)
-        return mean.mul_(layout.scale).add_(layout.shift), labels
+            latents.mul_(std).add_(mean)
+        return latents.mul_(layout.scale).add_(layout.shift), labels
 
 
 def open_latents(config: DataConfig) -> DataSource:

@@ -9,7 +9,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from selfalign.errors import UserError
 from selfalign.models.sizes import PATCH_SIZES, Size, parse_size
@@ -20,22 +21,64 @@ def _require(condition: bool, name: str, value: object, allowed: str) -> None:
         raise UserError(f"{name} is {value!r}: {allowed}")
 
 
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "a text",
+    NoneType: "None",
+}
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value has a field's type. True and False are not numbers here."""
+    origin, choices = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in choices
+    if origin is UnionType:
+        return any(_fits(value, choice) for choice in choices)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        hints = choices[:1] * len(value) if choices[-1] is Ellipsis else choices
+        return len(value) == len(hints) and all(map(_fits, value, hints))
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, int | float if hint is float else hint)
+
+
+def _describe(hint: Any) -> str:
+    """What a field's type allows, in words."""
+    choices = get_args(hint)
+    if get_origin(hint) is Literal:
+        return ", ".join(choices)
+    if get_origin(hint) is UnionType:
+        return " or ".join(map(_describe, choices))
+    if get_origin(hint) is tuple:
+        many = choices[-1] is Ellipsis
+        return "any number of: " * many + ", ".join(
+            map(_describe, choices[:1] if many else choices)
+        )
+    return _KINDS.get(hint, f"a {hint.__name__}")
+
+
+def _check_types(section: Any, prefix: str) -> None:
+    """Refuse fields of another type than they declare, whoever made them; lists become tuples."""
+    for name, hint in get_type_hints(type(section)).items():
+        value = getattr(section, name)
+        if isinstance(value, list):
+            value = tuple(value)
+            object.__setattr__(section, name, value)
+        _require(_fits(value, hint), prefix + name, value, f"allowed are {_describe(hint)}")
+
+
 class _Section:
-    """Refuses values outside a field's `Literal`, whoever makes the section."""
+    """Refuses values outside a field's type, whoever makes the section."""
 
     _name = ""
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            choices = get_args(hint)
-            if choices and all(isinstance(choice, str) for choice in choices):
-                value = getattr(self, name)
-                _require(
-                    value in choices,
-                    f"{self._name}.{name}",
-                    value,
-                    f"allowed are {', '.join(choices)}",
-                )
+        _check_types(self, f"{self._name}.")
         self._check()
 
     def _check(self) -> None:
@@ -91,7 +134,7 @@ class ViewsConfig(_Section):
     def _check(self) -> None:
         ratios = self.mask_ratios
         _require(
-            len(ratios) > 0 and all(math.isfinite(r) and r > 0 for r in ratios),
+            all(ratio > 0 for ratio in ratios) and 0 < sum(ratios) < math.inf,
             "views.mask_ratios",
             ratios,
             "allowed are one or more numbers above 0, a share per group",
@@ -104,7 +147,10 @@ class ViewsConfig(_Section):
                 "a single ratio is allowed up to 1 (1: all tokens in one group)",
             )
             ratios = (1.0,) if ratios[0] == 1 else (ratios[0], 1 - ratios[0])
-        object.__setattr__(self, "mask_ratios", tuple(r / sum(ratios) for r in ratios))
+        # Ratios that add up to 1 stay as they are, so that reading a config back changes nothing.
+        if not math.isclose(total := sum(ratios), 1, rel_tol=1e-9):
+            ratios = tuple(ratio / total for ratio in ratios)
+        object.__setattr__(self, "mask_ratios", ratios)
         self._number("whole_image_fraction", 0, 1, "a share from 0 to 1")
         self._number("class_dropout", 0, 1, "a probability from 0 to 1")
         groups = len(self.mask_ratios)
@@ -340,6 +386,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
+        _check_types(self, "")
         views, alignment = self.views, self.alignment
         _require(
             0 <= self.seed < 2**63, "seed", self.seed, "allowed is a whole number from 0 to 2^63-1"
@@ -481,13 +528,13 @@ def override(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     sections: dict[str, dict[str, Any]] = {}
     changes: dict[str, Any] = {}
     for dotted, value in values.items():
-        section, _, name = dotted.partition(".")
-        parent = getattr(config, section, None) if name else config
+        section, dot, name = dotted.partition(".")
+        parent = getattr(config, section, None) if dot else config
         known = (
             {f.name for f in dataclasses.fields(parent)} if dataclasses.is_dataclass(parent) else ()
         )
-        _require((name or section) in known, "config field", dotted, "no such field")
-        if name:
+        _require((name if dot else section) in known, "config field", dotted, "no such field")
+        if dot:
             sections.setdefault(section, {})[name] = value
         else:
             changes[section] = value
@@ -502,7 +549,7 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """The tree that `config_to_dict` wrote. Sequences become tuples again.
+    """The tree that `config_to_dict` wrote, also by way of JSON.
 
     Raises:
         UserError: a field is unknown (written by another version), or a value is not allowed.
@@ -511,7 +558,7 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
     for section, fields in values.items():
         if isinstance(fields, Mapping):
             for name, value in fields.items():
-                flat[f"{section}.{name}"] = tuple(value) if isinstance(value, list) else value
+                flat[f"{section}.{name}"] = value
         else:
             flat[section] = fields
     return override(RunConfig(), flat)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 
 import selfalign
 from selfalign.config import RunConfig, config_from_dict, config_to_dict, override, resolve
@@ -22,7 +22,13 @@ from selfalign.sampling.generate import SamplingConfig, generate, to_uint8
 from selfalign.sampling.pictures import column_labels, draw_curves, draw_grids
 from selfalign.training.checkpoint import latest_checkpoint, load_state, load_weights
 from selfalign.training.heldout import heldout_loss
-from selfalign.training.loop import Monitor, Progress, TrainingState, train
+from selfalign.training.loop import (
+    Monitor,
+    Progress,
+    TrainingState,
+    make_accelerator,
+    train,
+)
 from selfalign.training.tracking import read_metrics
 
 GRID_ROWS = 6
@@ -47,9 +53,11 @@ def start_run(config: RunConfig, folder: Path, progress: Progress) -> TrainingSt
     config = resolve(config, source.channels, source.image_size, source.num_classes)
     if process.is_main_process:
         _refuse_used(folder)
+    accelerator = make_accelerator(config.training, folder)
+    if process.is_main_process:
         write_config(folder, config, source)
     process.wait_for_everyone()
-    return _train(config, source, folder, checkpoint=None, progress=progress)
+    return _train(config, source, folder, accelerator, checkpoint=None, progress=progress)
 
 
 def resume_run(folder: Path, steps: int | None, progress: Progress) -> TrainingState:
@@ -74,9 +82,10 @@ def resume_run(folder: Path, steps: int | None, progress: Progress) -> TrainingS
             f"the data of {folder} has changed since it was started (fingerprint "
             f"{source.fingerprint} instead of {fingerprint}); start a new run"
         )
-    if PartialState().is_main_process:
+    accelerator = make_accelerator(config.training, folder)
+    if accelerator.is_main_process:
         write_config(folder, config, source)
-    return _train(config, source, folder, checkpoint=checkpoint, progress=progress)
+    return _train(config, source, folder, accelerator, checkpoint=checkpoint, progress=progress)
 
 
 def _refuse_used(folder: Path) -> None:
@@ -93,6 +102,7 @@ def _train(
     config: RunConfig,
     source: DataSource,
     folder: Path,
+    accelerator: Accelerator,
     *,
     checkpoint: Path | None,
     progress: Progress,
@@ -103,7 +113,13 @@ def _train(
         CurvesMonitor(config.training.evaluate_every),
     )
     return train(
-        config, source, folder, checkpoint=checkpoint, monitors=monitors, progress=progress
+        config,
+        source,
+        folder,
+        accelerator,
+        checkpoint=checkpoint,
+        monitors=monitors,
+        progress=progress,
     )
 
 

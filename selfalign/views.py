@@ -4,6 +4,7 @@ Tokens are sorted once, here, so that every group is one contiguous slice. All l
 work per token and the losses compare in the same order, so nothing is sorted back in training.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,12 @@ class TokenGroups:
     separate: bool = False
     """Whether the tokens of the other samples attend within their group only (Eq. 8 and 9)."""
 
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Where each group's tokens are."""
+        ends = list(itertools.accumulate(self.sizes))
+        return tuple(slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True))
+
     def sort(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """Bring tokens from image order into group order."""
         if self.order is None:
@@ -58,11 +65,10 @@ class TokenGroups:
         inverse = self.order.argsort(dim=1)
         return tokens.gather(1, inverse[..., None].expand(-1, -1, tokens.shape[-1]))
 
-    def broadcast(self, values: Float[Tensor, "B K"]) -> Float[Tensor, "B N 1"]:
-        """Give every token the value of its group."""
-        batch = len(values)
-        slices = [values[:, k : k + 1].expand(batch, n) for k, n in enumerate(self.sizes)]
-        return torch.cat(slices, dim=1)[..., None]
+    def broadcast(self, values: Float[Tensor, "B K D"]) -> Float[Tensor, "B N D"]:
+        """Give every token the values of its group."""
+        slices = [values[:, k, None].expand(-1, n, -1) for k, n in enumerate(self.sizes)]
+        return torch.cat(slices, dim=1)
 
 
 @dataclass(frozen=True)
@@ -169,7 +175,7 @@ def make_views(config: RunConfig, x0: Float[Tensor, "B C H W"], draw: Draw) -> V
     noise_tokens = groups.sort(patchify(draw.noise, patch))
 
     def noised(timesteps: Tensor, groups: TokenGroups) -> View:
-        t = groups.broadcast(timesteps)
+        t = groups.broadcast(timesteps[..., None])
         return View(path.interpolate(x0_tokens, noise_tokens, t), timesteps, groups)
 
     def with_whole_images(timesteps: Tensor) -> Tensor:
@@ -180,7 +186,7 @@ def make_views(config: RunConfig, x0: Float[Tensor, "B C H W"], draw: Draw) -> V
         return torch.cat([whole, timesteps[groups.whole :]])
 
     student = noised(with_whole_images(draw.timesteps), groups)
-    target = path.velocity(x0_tokens, noise_tokens, groups.broadcast(student.timesteps))
+    target = path.velocity(x0_tokens, noise_tokens, groups.broadcast(student.timesteps[..., None]))
 
     alignment = config.alignment
     if alignment.target == "none":

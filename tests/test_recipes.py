@@ -1,8 +1,69 @@
-"""The full-size recipes are the paper's settings."""
+"""The recipes are the factorial space of METHOD, and nothing else differs between two points."""
+
+import dataclasses
 
 import pytest
+from support import RECIPE_NAMES
 
-from selfalign import UserError, recipe, resolve
+from selfalign import RECIPES, RunConfig, UserError, recipe, resolve
+
+# target, timesteps, attention, teacher timestep, teacher sees groups: the paper's table.
+TABLE = {
+    "sit": ("none", "single", "full", None, None),
+    "sra": ("ema", "single", "full", "sra", False),
+    "self-flow": ("ema", "dual", "full", "self-flow", False),
+    "sra-dts": ("ema", "dual", "full", "sra", True),
+    "sra-as": ("ema", "single", "separated", "sra", True),
+    "sra-dts-as": ("ema", "dual", "separated", "sra", True),
+}
+
+
+@pytest.mark.parametrize("name", RECIPE_NAMES)
+def test_is_its_row_of_the_table(name):
+    tree = recipe(name)
+    target, timesteps, attention, teacher_timestep, teacher_groups = TABLE[name]
+    assert tree.alignment.target == target
+    assert tree.views.timesteps == timesteps
+    assert tree.views.attention == attention
+    if target != "none":
+        assert tree.alignment.teacher_timestep == teacher_timestep
+        assert tree.alignment.teacher_groups == teacher_groups
+        assert tree.alignment.weight == (0.8 if name == "self-flow" else 0.5)
+    grouped = timesteps == "dual" or attention == "separated"
+    assert tree.views.mask_ratios == ((0.25, 0.75) if grouped else (1.0,))
+
+
+@pytest.mark.parametrize("name", RECIPE_NAMES)
+def test_differs_from_the_defaults_in_views_and_alignment_only(name):
+    plain = RunConfig()
+    tree = dataclasses.replace(recipe(name), views=plain.views, alignment=plain.alignment)
+    assert tree == plain
+
+
+def test_every_recipe_is_described_in_one_line():
+    assert set(RECIPE_NAMES) <= set(RECIPES)
+    for known in RECIPES.values():
+        assert known.summary and "\n" not in known.summary
+
+
+def test_no_two_recipes_are_the_same_point():
+    assert len({repr(recipe(name)) for name in RECIPES}) == len(RECIPES)
+
+
+def test_overrides_go_over_the_recipe():
+    tree = recipe("self-flow", {"alignment.weight": 0.1, "seed": 4})
+    assert (tree.alignment.weight, tree.seed, tree.views.timesteps) == (0.1, 4, "dual")
+
+
+def test_a_recipe_may_not_be_overridden_into_a_contradiction():
+    with pytest.raises(UserError, match=r"views\.attention is 'separated'"):
+        recipe("sra-dts-as", {"views.timesteps": "single", "views.mask_ratios": (1.0,)})
+
+
+def test_unknown_recipe_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match="recipe is 'sra-dst'") as error:
+        recipe("sra-dst")
+    assert all(name in str(error.value) for name in RECIPES)
 
 
 @pytest.mark.parametrize(
@@ -13,7 +74,7 @@ from selfalign import UserError, recipe, resolve
         ("imagenet512-xl2", 64, 1024, 28, (8, 20), 1_000_000),
     ],
 )
-def test_full_size(
+def test_full_size_recipes_are_the_papers_settings(
     name: str, latents: int, tokens: int, depth: int, blocks: tuple[int, int], steps: int
 ) -> None:
     config = resolve(recipe(name), channels=4, image_size=(latents, latents), num_classes=1000)

@@ -5,6 +5,7 @@ They are looked for below `data.root`; what is missing is downloaded there by to
 
 import gzip
 import io
+import math
 import pickle
 import zlib
 from collections.abc import Callable
@@ -45,12 +46,14 @@ def read_mnist(root: Path, name: str) -> Splits:
         (images, labels, paths[0]),
         (heldout_images, heldout_labels, paths[2]),
     ):
-        if len(pixels) != len(classes) or not len(pixels):
+        if len(pixels) != len(classes):
             raise UserError(f"{path} holds {len(pixels)} images and its labels {len(classes)}")
-        if int(classes.max()) > 9:
-            raise UserError(
-                f"the labels of {path} go up to {int(classes.max())}: allowed are 0 to 9"
-            )
+        _check_labels(path, classes)
+    if images.shape[1:] != heldout_images.shape[1:]:
+        raise UserError(
+            f"{paths[2]} holds images of {tuple(heldout_images.shape[1:])}, but {paths[0]} of "
+            f"{tuple(images.shape[1:])}"
+        )
     return images[:, None], labels.long(), heldout_images[:, None], heldout_labels.long()
 
 
@@ -65,6 +68,12 @@ def read_cifar10(root: Path) -> Splits:
     images = torch.cat([batch[0] for batch in batches[:5]])
     labels = torch.cat([batch[1] for batch in batches[:5]])
     return images, labels, *batches[5]
+
+
+def _check_labels(path: Path, labels: Tensor) -> None:
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high > 9:
+        raise UserError(f"the labels of {path} go from {low} to {high}: allowed are 0 to 9")
 
 
 def _locate(
@@ -113,10 +122,11 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
     header = 4 + 4 * dimensions
     if len(content) < header or content[:4] != bytes([0, 0, 8, dimensions]):
         raise UserError(f"{path} is not an IDX file of bytes with {dimensions} dimensions")
-    shape = np.frombuffer(content, dtype=">u4", count=dimensions, offset=4).astype(int)
-    if len(content) - header != shape.prod():
+    shape = np.frombuffer(content, dtype=">u4", count=dimensions, offset=4).tolist()
+    promised = math.prod(shape)  # in Python's integers, which do not overflow
+    if len(content) - header != promised or not promised:
         raise UserError(
-            f"{path} is damaged: its header promises {shape.prod()} bytes, it holds "
+            f"{path} is damaged or empty: its header promises {promised} bytes, it holds "
             f"{len(content) - header}"
         )
     values = np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
@@ -150,4 +160,6 @@ def _read_cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
         raise UserError(f"{path} is not a CIFAR-10 batch: {error}") from error
     if len(images) != len(labels) or not len(images):
         raise UserError(f"{path} holds {len(images)} images and {len(labels)} labels")
-    return torch.from_numpy(images.copy()), torch.from_numpy(labels)
+    classes = torch.from_numpy(labels)
+    _check_labels(path, classes)
+    return torch.from_numpy(images.copy()), classes

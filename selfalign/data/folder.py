@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,6 @@ from selfalign.errors import UserError
 
 IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
 HELDOUT_SHARE = 0.1
-
-
 LONGEST_ASPECT = 16
 """Longer strips are cut to this before they are resized: 1×50,000 pixels would become gigabytes."""
 
@@ -39,10 +37,9 @@ def _cut_middle(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        # Pillow clips 16 bits to 8, which makes such images white; keep the upper byte instead.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits of grey, which PIL's own conversion cuts off at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -64,7 +61,7 @@ def decode_image(open_image: Callable[[], Image.Image], name: str, size: int) ->
             # Pillow warns of damaged tags and of large images, and raises for what it cannot read.
             warnings.simplefilter("ignore")
             with open_image() as image:
-                pixels = np.array(centre_crop(_to_rgb(image), size))
+                pixels = np.array(centre_crop(_as_rgb(image), size))
     except Exception as error:  # the formats' readers raise nearly anything for damaged files
         reason = str(error) or type(error).__name__
         raise UserError(
@@ -117,6 +114,17 @@ class FolderSplit:
         return torch.stack(images).float() / 127.5 - 1, labels
 
 
+def image_files(root: Path) -> Iterator[Path]:
+    """Image files below a folder; hidden files and folders are none."""
+    for path in root.rglob("*"):
+        if path.suffix.lower() in IMAGE_SUFFIXES and not _hidden(path.relative_to(root)):
+            yield path
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
 def list_images(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
     """Image files with their labels, in a fixed order, and class names by label.
 
@@ -127,13 +135,14 @@ def list_images(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
         UserError: the folder is missing, or a class is empty.
     """
     if not root.is_dir():
-        raise UserError(f"{str(root)!r}: there is no such folder")
-    class_folders = sorted(path for path in root.iterdir() if path.is_dir())
+        raise UserError(f"data.root is {str(root)!r}: there is no such folder")
+    class_folders = sorted(
+        path for path in root.iterdir() if path.is_dir() and not _hidden(path.relative_to(root))
+    )
     found = [
         (path, label)
         for label, folder in enumerate(class_folders or [root])
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES
+        for path in sorted(image_files(folder))
     ]
     empty = set(range(len(class_folders))) - {label for _, label in found}
     if empty:

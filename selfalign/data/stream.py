@@ -87,6 +87,8 @@ def training_batches(
         batch_size=None,
         num_workers=workers,
         pin_memory=pin_memory,
+        # Without one of its own, the loader would draw its workers' seeds from the global one.
+        generator=torch.Generator(),
     )
     for batch in batches:
         if isinstance(batch, _Failure):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from selfalign.models.attention import Attention
+from selfalign.models.modulation import add_gated, modulate
 from selfalign.views import TokenGroups
 
 
@@ -69,33 +70,6 @@ class Mlp(nn.Module):
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """Per token."""
         return self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
-
-
-def modulate(
-    x: Float[Tensor, "B N D"],
-    shift: Float[Tensor, "B K D"],
-    scale: Float[Tensor, "B K D"],
-    groups: TokenGroups,
-) -> Float[Tensor, "B N D"]:
-    """x·(1 + scale) + shift, with each group's scale and shift."""
-    scale = 1 + scale
-    slices = [
-        torch.addcmul(shift[:, k, None], part, scale[:, k, None])
-        for k, part in enumerate(x.split(groups.sizes, dim=1))
-    ]
-    return slices[0] if len(slices) == 1 else torch.cat(slices, dim=1)
-
-
-def add_gated(
-    x: Float[Tensor, "B N D"],
-    gate: Float[Tensor, "B K D"],
-    update: Float[Tensor, "B N D"],
-    groups: TokenGroups,
-) -> Float[Tensor, "B N D"]:
-    """x + gate·update, with each group's gate."""
-    parts = zip(x.split(groups.sizes, dim=1), update.split(groups.sizes, dim=1), strict=True)
-    slices = [torch.addcmul(a, gate[:, k, None], b) for k, (a, b) in enumerate(parts)]
-    return slices[0] if len(slices) == 1 else torch.cat(slices, dim=1)
 
 
 class SiTBlock(nn.Module):

@@ -1,5 +1,6 @@
 """Classifier-free guidance within an interval of t, at the cost of one pass outside it."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ class Guidance:
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise UserError(f"guidance interval is {low} {high}: allowed are 0 <= low <= high <= 1")
-        if not self.scale >= 1:
+        if not 1 <= self.scale < math.inf:
             raise UserError(f"guidance scale is {self.scale}: allowed is 1 (off) or more")
 
     def applies(self, t: float) -> bool:

@@ -76,6 +76,7 @@ def train(
     config: RunConfig,
     source: DataSource,
     folder: Path,
+    accelerator: Accelerator,
     *,
     checkpoint: Path | None = None,
     monitors: Sequence[Monitor] = (),
@@ -90,16 +91,16 @@ def train(
         config: a resolved tree.
         source: the data.
         folder: the run's folder, which exists.
+        accelerator: from `make_accelerator`.
         checkpoint: where to go on from; None starts anew.
         monitors: called when their step has come, and at the end.
         progress: told of every logged step.
 
     Raises:
-        UserError: the settings do not fit the machine, or the loss is no longer finite.
+        UserError: the loss is no longer finite, or a file cannot be read or written.
     """
     training = config.training
-    accelerator = _accelerator(training, folder)
-    micro_batch = _micro_batch_size(training, accelerator.num_processes)
+    shares = accelerator.num_processes * training.gradient_accumulation
     student = SiT.from_config(config).to(accelerator.device)
     ema = EMA(student, training.ema_decay, training.ema_warmup)
     optimizer = torch.optim.AdamW(
@@ -125,7 +126,7 @@ def train(
     batches = training_batches(
         source.train,
         seed=config.seed,
-        batch_size=micro_batch,
+        batch_size=training.batch_size // shares,
         first=first_step * training.gradient_accumulation,
         last=training.steps * training.gradient_accumulation,
         rank=accelerator.process_index,
@@ -195,7 +196,12 @@ def learning_rate(training: TrainingConfig, step: int) -> float:
     return training.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _accelerator(training: TrainingConfig, folder: Path) -> Accelerator:
+def make_accelerator(training: TrainingConfig, folder: Path) -> Accelerator:
+    """The device, processes and precision of a run.
+
+    Raises:
+        UserError: the device lacks the precision, or the batch does not divide over the processes.
+    """
     # accelerate keeps the precision of a process's first run; every run has its own.
     AcceleratorState._reset_state()
     refusal = (
@@ -213,17 +219,13 @@ def _accelerator(training: TrainingConfig, folder: Path) -> Accelerator:
         raise UserError(f"{refusal} ({error})") from error
     if training.precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError(f"{refusal}, bf16 on CPUs too")  # accelerate would quietly run float32
-    return accelerator
-
-
-def _micro_batch_size(training: TrainingConfig, processes: int) -> int:
-    shares = processes * training.gradient_accumulation
+    shares = accelerator.num_processes * training.gradient_accumulation
     if training.batch_size % shares:
         raise UserError(
             f"training.batch_size is {training.batch_size}: must be a multiple of {shares} "
-            f"({processes} processes × {training.gradient_accumulation} micro-batches)"
+            f"({accelerator.num_processes} processes × {training.gradient_accumulation} micro-batches)"
         )
-    return training.batch_size // shares
+    return accelerator
 
 
 def _restore(state: TrainingState, checkpoint: Path) -> None:

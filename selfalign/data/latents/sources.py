@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from selfalign.data.folder import IMAGE_SUFFIXES, encode_name, list_images, printable
+from selfalign.data.folder import (
+    IMAGE_SUFFIXES,
+    encode_name,
+    image_files,
+    list_images,
+    printable,
+)
 from selfalign.data.latents.store import read_json
 from selfalign.errors import UserError
 
@@ -102,7 +108,7 @@ def _open_path(path: Path) -> Source:
         return _open_listed(path)
     if (path / "state.json").is_file():
         return _open_dataset(lambda: _library().load_from_disk(str(path)), path)
-    if not any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*")):
+    if not any(image_files(path)):
         suffixes = {file.suffix for file in path.rglob("*")}
         if suffixes & {".parquet", ".arrow"}:
             return _open_dataset(lambda: _library().load_dataset(str(path), split="train"), path)
@@ -158,7 +164,7 @@ def _open_listed(root: Path) -> Source:
     paths = sorted(root.rglob("*.npy"))
     moments = bool(paths)
     if not moments:
-        paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        paths = sorted(image_files(root))
     names = [path.relative_to(root).as_posix() for path in paths]
     try:
         by_name = None if listing["labels"] is None else dict(listing["labels"])
@@ -268,7 +274,7 @@ def _walk(
 ) -> Iterator[_Member]:
     for info in tar:
         path = PurePosixPath(info.name)
-        if not info.isreg():
+        if not info.isreg() or path.name.startswith("."):
             continue
         if path.suffix == ".tar":
             with tarfile.open(fileobj=tar.extractfile(info), mode="r:") as inner:

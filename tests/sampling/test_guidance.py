@@ -1,0 +1,164 @@
+"""Guidance: its formula, where it applies, what it costs, and token groups in sampling."""
+
+import pytest
+import torch
+from support import AnalyticModel, small_model
+
+from selfalign import TokenGroups, UserError, make_generator
+from selfalign.flow import PATHS
+from selfalign.sampling.guidance import Guidance, GuidedModel
+from selfalign.sampling.solvers import solve_ode, solve_sde
+
+NULL = 5
+LABELS = torch.tensor([0, 3, 4])
+
+
+def counting(guidance, groups=None):
+    """A guided model whose velocity is its label, and which records every call."""
+    model = AnalyticModel(lambda x, t, labels: labels.to(x).expand_as(x))
+    return GuidedModel(model, LABELS, NULL, guidance, groups), model.calls
+
+
+def noise_of(shape=(3, 2, 4, 6)):
+    return torch.randn(shape, generator=make_generator(0, "noise"))
+
+
+def rows(calls):
+    return [len(call["x"]) for call in calls]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("scale", [0.9, 0.0, -1.0, float("nan"), float("inf")])
+    def test_scales(self, scale):
+        with pytest.raises(UserError, match=rf"guidance scale is {scale}: allowed is 1"):
+            Guidance(scale)
+
+    @pytest.mark.parametrize(
+        "interval", [(0.6, 0.4), (-0.1, 1), (0, 1.1), (float("nan"), 1), (0, float("nan"))]
+    )
+    def test_intervals(self, interval):
+        with pytest.raises(UserError, match="0 <= low <= high <= 1"):
+            Guidance(2.0, interval)
+
+
+class TestFormula:
+    @pytest.mark.parametrize("scale", [1.5, 4.0])
+    def test_extrapolates_from_the_unlabelled_velocity(self, scale):
+        guided, _ = counting(Guidance(scale))
+        x = noise_of().double()
+        velocity = guided.at(0, 1.0)(x, 1.0)
+        expected = NULL + scale * (LABELS - NULL)
+        assert torch.allclose(velocity, expected[:, None, None, None].double().expand_as(x))
+
+    def test_is_the_models_own_two_velocities(self):
+        model = small_model()
+        guided = GuidedModel(model, LABELS, model.null_label, Guidance(2.5))
+        x, t = noise_of().double(), torch.full((3,), 0.5, dtype=torch.float64)
+        with torch.no_grad():
+            null = model.velocity(x, t, torch.full((3,), NULL))
+            label = model.velocity(x, t, LABELS)
+            assert torch.allclose(guided.at(0, 0.5)(x, 0.5), null + 2.5 * (label - null))
+
+
+class TestCost:
+    def test_a_scale_of_one_doubles_nothing(self):
+        guided, calls = counting(Guidance(1.0))
+        solve_ode(guided, noise_of(), 4, heun=True)
+        assert rows(calls) == [3] * 7
+        assert all(torch.equal(call["labels"], LABELS) for call in calls)
+
+    def test_only_steps_that_start_inside_the_interval_are_doubled(self):
+        guided, calls = counting(Guidance(2.0, (0.25, 0.5)))
+        solve_ode(guided, noise_of(), 8)  # t = 1, 7/8, …, 1/8
+        assert rows(calls) == [3, 3, 3, 3, 6, 6, 6, 3]  # both ends belong to it
+        inside = calls[4]
+        assert torch.equal(inside["labels"], torch.cat([LABELS, torch.full((3,), NULL)]))
+        assert torch.equal(inside["x"][:3], inside["x"][3:])
+        assert torch.equal(calls[0]["labels"], LABELS)
+
+    def test_heuns_second_evaluation_follows_the_first_ones_decision(self):
+        guided, calls = counting(Guidance(2.0, (0.3, 0.6)))
+        solve_ode(guided, noise_of(), 4, heun=True)
+        # step 1 → 0.75: out, out; 0.75 → 0.5: out, though its end lies inside; 0.5 → 0.25: in,
+        # though its end lies outside; 0.25 → 0: out, and not corrected.
+        assert rows(calls) == [3, 3, 3, 3, 6, 6, 3]
+        times = [call["t"][0].item() for call in calls]
+        assert times == [1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]
+
+    def test_the_sde_follows_the_interval_too(self):
+        guided, calls = counting(Guidance(2.0, (0.3, 0.6)))
+        solve_sde(
+            guided,
+            noise_of(),
+            5,
+            path=PATHS["linear"],
+            step_noise=lambda step: torch.zeros(3, 2, 4, 6),
+        )
+        assert rows(calls) == [3, 3, 6, 3, 3]  # t = 1, .76, .52, .28, .04
+
+    def test_an_interval_without_steps_is_no_guidance(self):
+        model = small_model()
+        outs = [
+            solve_ode(GuidedModel(model, LABELS, NULL, guidance), noise_of(), 4)
+            for guidance in (Guidance(), Guidance(9.0, (0.8, 0.9)), Guidance(9.0))
+        ]
+        assert torch.equal(outs[0], outs[1])
+        assert not torch.allclose(outs[0], outs[2])
+
+
+class TestTokenGroups:
+    def orders(self, count):
+        generator = make_generator(0, "orders")
+        return [torch.rand(3, 24, generator=generator).argsort(dim=1) for _ in range(count)]
+
+    def solve(self, groups, guidance=None, model=None):
+        guided = GuidedModel(model or small_model(), LABELS, NULL, guidance or Guidance(), groups)
+        return solve_ode(guided, noise_of(), 4)
+
+    def test_full_attention_groups_change_nothing(self):
+        order = self.orders(1)[0]
+        grouped = self.solve(lambda step: TokenGroups(order, (6, 18)))
+        assert torch.allclose(grouped, self.solve(None))
+
+    def test_fixed_and_per_step_groups_differ(self):
+        orders = self.orders(4)
+        fixed = self.solve(lambda step: TokenGroups(orders[0], (6, 18), separate=True))
+        changing = self.solve(lambda step: TokenGroups(orders[step], (6, 18), separate=True))
+        assert not torch.allclose(fixed, changing)
+        assert not torch.allclose(fixed, self.solve(None))
+
+    def test_each_step_asks_for_its_own(self):
+        asked = []
+        order = self.orders(1)[0]
+
+        def groups(step):
+            asked.append(step)
+            return TokenGroups(order, (6, 18), separate=True)
+
+        self.solve(groups)
+        assert asked == [0, 1, 2, 3]
+
+    @pytest.mark.parametrize("scale", [1.0, 2.0])
+    def test_separated_groups_stay_apart_through_the_whole_solver(self, scale):
+        order = self.orders(1)[0]
+        groups = TokenGroups(order, (6, 18), separate=True)
+        guided = GuidedModel(small_model(), LABELS, NULL, Guidance(scale), lambda step: groups)
+        noise = noise_of().double()
+        changed = noise.clone().flatten(2)
+        changed.scatter_add_(2, order[:, None, :6].expand(-1, 2, -1), torch.ones(3, 2, 6).double())
+        before = solve_ode(guided, noise, 3).flatten(2)
+        after = solve_ode(guided, changed.reshape(noise.shape), 3).flatten(2)
+        moved = groups.sort((after != before).transpose(1, 2))
+        assert moved[:, :6].all()
+        assert not moved[:, 6:].any()
+
+    def test_the_unlabelled_half_has_the_same_groups(self):
+        order = self.orders(1)[0]
+        groups = TokenGroups(order, (6, 18), separate=True)
+        model = small_model()
+        guided = GuidedModel(model, LABELS, NULL, Guidance(3.0), lambda step: groups)
+        x, t = noise_of().double(), torch.full((3,), 0.5, dtype=torch.float64)
+        with torch.no_grad():
+            null = model.velocity(x, t, torch.full((3,), NULL), groups)
+            label = model.velocity(x, t, LABELS, groups)
+            assert torch.allclose(guided.at(0, 0.5)(x, 0.5), null + 3 * (label - null))

@@ -1,0 +1,330 @@
+"""The config tree: what is allowed, what is refused and in which words, and its round trip."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import RECIPE_NAMES, resolved
+
+from selfalign import RunConfig, UserError, override, recipe, resolve
+from selfalign.config import config_from_dict, config_to_dict, group_sizes
+
+RATIOS = st.lists(st.floats(0.01, 1), min_size=2, max_size=8).map(tuple)
+
+
+class TestGroupSizes:
+    @pytest.mark.parametrize(
+        ("ratios", "num_tokens", "expected"),
+        [
+            ((1.0,), 64, (64,)),
+            ((0.25, 0.75), 64, (16, 48)),
+            ((0.25, 0.75), 256, (64, 192)),
+            ((0.35, 0.65), 256, (90, 166)),  # 89.6 and 166.4: the larger fraction takes the rest
+            ((0.5, 0.5), 9, (5, 4)),  # a tie goes to the earlier group
+            ((1 / 3, 1 / 3, 1 / 3), 10, (4, 3, 3)),
+            ((0.3, 0.7), 10, (3, 7)),  # although 0.3·10 + 0.7·10 is not exact in binary
+            ((0.1, 0.2, 0.7), 10, (1, 2, 7)),
+            ((0.1,) * 10, 64, (7, 7, 7, 7, 6, 6, 6, 6, 6, 6)),
+        ],
+    )
+    def test_known_answers(self, ratios, num_tokens, expected):
+        assert group_sizes(ratios, num_tokens) == expected
+
+    @given(ratios=RATIOS, num_tokens=st.integers(1, 4096))
+    def test_largest_fractions_take_the_rest(self, ratios, num_tokens):
+        ratios = tuple(ratio / sum(ratios) for ratio in ratios)
+        sizes = group_sizes(ratios, num_tokens)
+        assert sum(sizes) == num_tokens
+        shares = [ratio * num_tokens for ratio in ratios]
+        assert all(abs(size - share) < 1 + 1e-5 for size, share in zip(sizes, shares, strict=True))
+        excess = [size - share for size, share in zip(sizes, shares, strict=True)]
+        # Moving a token from a group rounded up to one rounded down never brings both closer to
+        # their shares: that is what "the largest fractions take the rest" means.
+        for up, down in itertools.permutations(range(len(sizes)), 2):
+            if excess[up] > 0 > excess[down]:
+                assert 1 - excess[up] >= -excess[down] - 1e-5
+
+    @given(ratios=RATIOS, num_tokens=st.integers(1, 512), data=st.data())
+    def test_a_larger_share_never_gets_fewer_tokens(self, ratios, num_tokens, data):
+        ratios = tuple(ratio / sum(ratios) for ratio in ratios)
+        sizes = group_sizes(ratios, num_tokens)
+        for (a, n), (b, m) in itertools.permutations(zip(ratios, sizes, strict=True), 2):
+            assert a <= b + 1e-5 / num_tokens or n >= m
+
+
+class TestMaskRatios:
+    def test_one_ratio_below_one_means_two_groups(self):
+        tree = override(RunConfig(), {"views.mask_ratios": (0.25,)})
+        assert tree.views.mask_ratios == (0.25, 0.75)
+        assert tree.num_groups == 2
+
+    def test_ratios_are_normalised(self):
+        tree = override(RunConfig(), {"views.mask_ratios": (1, 2, 1)})
+        assert tree.views.mask_ratios == (0.25, 0.5, 0.25)
+
+    def test_lists_become_tuples(self):
+        changes = {"views.mask_ratios": [0.25, 0.75], "model.image_size": [8, 8]}
+        tree = override(RunConfig(), changes)
+        assert (tree.views.mask_ratios, tree.model.image_size) == ((0.25, 0.75), (8, 8))
+        assert tree == override(RunConfig(), {name: tuple(v) for name, v in changes.items()})
+
+    @given(ratios=RATIOS)
+    def test_normalising_again_changes_nothing(self, ratios):
+        # A run's config is read back, and changed by dotted name, without its groups moving.
+        tree = override(RunConfig(), {"views.mask_ratios": ratios})
+        again = override(tree, {"views.class_dropout": tree.views.class_dropout})
+        assert again.views.mask_ratios == tree.views.mask_ratios
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("name", RECIPE_NAMES)
+    def test_open_and_resolved_trees_survive_json(self, name):
+        for tree in (recipe(name), resolved(name, {"views.class_dropout": 0.3, "seed": 7})):
+            assert config_from_dict(json.loads(json.dumps(config_to_dict(tree)))) == tree
+
+    @given(ratios=RATIOS, learning_rate=st.floats(0, 1), seed=st.integers(0, 2**63 - 1))
+    def test_any_values_survive_json(self, ratios, learning_rate, seed):
+        changes = {
+            "views.mask_ratios": ratios,
+            "training.learning_rate": learning_rate,
+            "seed": seed,
+        }
+        tree = override(RunConfig(), changes)
+        assert config_from_dict(json.loads(json.dumps(config_to_dict(tree)))) == tree
+
+    def test_unknown_field_is_named(self):
+        values = config_to_dict(RunConfig())
+        values["views"]["colour"] = "blue"
+        with pytest.raises(UserError, match=r"views\.colour"):
+            config_from_dict(values)
+
+    def test_unknown_section_is_named(self):
+        with pytest.raises(UserError, match="optics"):
+            config_from_dict({**config_to_dict(RunConfig()), "optics": {"lens": 1}})
+
+    def test_values_are_checked_on_the_way_in(self):
+        values = config_to_dict(RunConfig())
+        values["training"]["batch_size"] = 0
+        with pytest.raises(UserError, match=r"training\.batch_size is 0"):
+            config_from_dict(values)
+
+
+class TestOverride:
+    def test_leaves_the_original_alone(self):
+        before = RunConfig()
+        after = override(before, {"training.steps": 7, "seed": 3})
+        assert (after.training.steps, after.seed) == (7, 3)
+        assert before == RunConfig()
+        assert override(after, {"training.steps": before.training.steps, "seed": 0}) == before
+
+    def test_checks_the_result_and_not_each_change(self):
+        # Dual timesteps alone would be refused with one group.
+        tree = override(
+            RunConfig(), {"views.timesteps": "dual", "views.mask_ratios": (0.5,), "seed": 1}
+        )
+        assert tree.views.timesteps == "dual"
+
+    @pytest.mark.parametrize(
+        "name",
+        ["stepz", "training.stepz", "seed.value", "model.size.name", "", ".", "training.", "_name"],
+    )
+    def test_unknown_names_are_refused(self, name):
+        with pytest.raises(UserError, match="no such field") as error:
+            override(RunConfig(), {name: 1})
+        assert repr(name) in str(error.value)
+
+    def test_trees_cannot_be_changed_in_place(self):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            RunConfig().training.steps = 5  # type: ignore[misc]
+
+
+DUAL = {"views.timesteps": "dual", "views.mask_ratios": (0.25, 0.75)}
+REFUSED = [
+    # one field's own range, with the field, the value and what is allowed
+    ({"seed": -1}, ["seed", "-1", "0 to 2^63-1"]),
+    ({"seed": 2**63}, ["seed", str(2**63)]),
+    ({"flow.path": "spiral"}, ["flow.path", "spiral", "linear, cosine"]),
+    (
+        {"flow.timestep_distribution": "normal"},
+        ["flow.timestep_distribution", "normal", "uniform, logit-normal"],
+    ),
+    ({"flow.logit_std": 0.0}, ["flow.logit_std", "0.0", "above 0"]),
+    ({"flow.logit_std": -1.0}, ["flow.logit_std", "-1.0", "above 0"]),
+    ({"flow.logit_mean": math.nan}, ["flow.logit_mean", "nan", "finite"]),
+    ({"views.timesteps": "triple"}, ["views.timesteps", "triple", "single, dual"]),
+    ({"views.attention": "sparse"}, ["views.attention", "sparse", "full, separated"]),
+    ({"views.mask_ratios": ()}, ["views.mask_ratios", "()", "one or more"]),
+    ({"views.mask_ratios": (1.5,)}, ["views.mask_ratios", "1.5", "up to 1"]),
+    ({"views.mask_ratios": (0.0,)}, ["views.mask_ratios", "0.0", "above 0"]),
+    ({"views.mask_ratios": (0.5, -0.5)}, ["views.mask_ratios", "-0.5", "above 0"]),
+    ({"views.mask_ratios": (0.5, math.nan)}, ["views.mask_ratios", "nan", "above 0"]),
+    ({"views.mask_ratios": (0.5, math.inf)}, ["views.mask_ratios", "inf", "above 0"]),
+    ({"views.mask_ratios": (1e308, 1e308)}, ["views.mask_ratios", "1e+308"]),
+    ({"views.whole_image_fraction": 1.5}, ["views.whole_image_fraction", "1.5", "0 to 1"]),
+    ({"views.class_dropout": -0.1}, ["views.class_dropout", "-0.1", "0 to 1"]),
+    ({"views.class_dropout": math.nan}, ["views.class_dropout", "nan", "0 to 1"]),
+    ({"alignment.target": "clip"}, ["alignment.target", "clip", "none, ema"]),
+    ({"alignment.weight": -0.5}, ["alignment.weight", "-0.5", "from 0"]),
+    ({"alignment.weight": math.inf}, ["alignment.weight", "inf", "from 0"]),
+    ({"alignment.distance": "cos"}, ["alignment.distance", "cos", "cosine-over-tokens"]),
+    ({"alignment.student_block": 0}, ["alignment.student_block", "0", "from 1"]),
+    ({"alignment.teacher_block": -2}, ["alignment.teacher_block", "-2", "from 1"]),
+    (
+        {"alignment.teacher_timestep": "self_flow"},
+        ["alignment.teacher_timestep", "self_flow", "sra, self-flow, same"],
+    ),
+    ({"alignment.teacher_interval": 1.1}, ["alignment.teacher_interval", "1.1", "0 to 1"]),
+    ({"alignment.teacher_labels": "all"}, ["alignment.teacher_labels", "undropped, dropped"]),
+    ({"model.size": "XXL/2"}, ["model.size", "XXL/2", "tiny, S, B, L, XL"]),
+    ({"model.size": "S/3"}, ["model.size", "S/3", "/1, /2, /4, /8"]),
+    ({"model.size": "S"}, ["model.size", "'S'", "/1, /2, /4, /8"]),
+    ({"model.channels": 0}, ["model.channels", "0", "from 1"]),
+    ({"model.num_classes": -1}, ["model.num_classes", "-1", "from 0"]),
+    ({"model.image_size": (0, 8)}, ["model.image_size", "(0, 8)", "from 1"]),
+    ({"training.steps": 0}, ["training.steps", "0", "from 1"]),
+    ({"training.batch_size": -4}, ["training.batch_size", "-4", "from 1"]),
+    ({"training.learning_rate": math.nan}, ["training.learning_rate", "nan", "from 0"]),
+    ({"training.learning_rate": -1e-4}, ["training.learning_rate", "-0.0001", "from 0"]),
+    ({"training.weight_decay": -1.0}, ["training.weight_decay", "-1.0", "from 0"]),
+    ({"training.clip_norm": -1.0}, ["training.clip_norm", "-1.0", "from 0"]),
+    ({"training.ema_decay": 1.01}, ["training.ema_decay", "1.01", "0 to 1"]),
+    ({"training.adam_betas": (0.9, 1.0)}, ["training.adam_betas", "1.0", "below 1"]),
+    ({"training.adam_betas": (math.nan, 0.9)}, ["training.adam_betas", "nan", "below 1"]),
+    ({"training.schedule": "linear"}, ["training.schedule", "linear", "constant, cosine"]),
+    ({"training.precision": "fp8"}, ["training.precision", "fp8", "fp32, bf16, fp16"]),
+    ({"training.trackers": ("stdout",)}, ["training.trackers", "stdout", "tensorboard, wandb"]),
+    ({"data.name": "imagenet"}, ["data.name", "imagenet", "digits", "folder"]),
+    ({"data.image_size": 0}, ["data.image_size", "0", "from 1"]),
+    ({"data.workers": -1}, ["data.workers", "-1", "from 0"]),
+    # another type than the field's
+    ({"training.steps": "100"}, ["training.steps", "'100'", "a whole number"]),
+    ({"training.steps": 2.5}, ["training.steps", "2.5", "a whole number"]),
+    ({"training.batch_size": True}, ["training.batch_size", "True", "a whole number"]),
+    ({"training.learning_rate": "1e-4"}, ["training.learning_rate", "'1e-4'", "a number"]),
+    ({"training.learning_rate": None}, ["training.learning_rate", "None", "a number"]),
+    ({"training.compile": "yes"}, ["training.compile", "'yes'", "True or False"]),
+    ({"training.adam_betas": (0.9,)}, ["training.adam_betas", "(0.9,)", "a number, a number"]),
+    ({"training.trackers": "wandb"}, ["training.trackers", "'wandb'", "tensorboard, wandb"]),
+    ({"views.mask_ratios": 0.25}, ["views.mask_ratios", "0.25", "any number of"]),
+    ({"alignment.student_block": 2.0}, ["alignment.student_block", "2.0", "whole number or None"]),
+    ({"model.image_size": (8,)}, ["model.image_size", "(8,)", "a whole number, a whole number"]),
+    ({"model.size": 2}, ["model.size", "2", "a text"]),
+    ({"seed": 1.0}, ["seed", "1.0", "a whole number"]),
+    ({"views": None}, ["views", "None", "ViewsConfig"]),
+    # fields that contradict each other
+    ({"views.timesteps": "dual"}, ["views.timesteps", "dual", "two or more", "single"]),
+    ({"views.attention": "separated"}, ["views.attention", "separated", "two or more", "full"]),
+    ({"views.whole_image_fraction": 0.25}, ["views.whole_image_fraction", "0.25", "allowed is 0"]),
+    ({"alignment.teacher_groups": True}, ["alignment.teacher_groups", "True", "allowed is False"]),
+    (
+        {"alignment.target": "ema", "alignment.teacher_groups": True},
+        ["alignment.teacher_groups", "True", "one token group"],
+    ),
+    (
+        {**DUAL, "alignment.target": "ema"},
+        ["alignment.teacher_timestep", "sra", "self-flow", "teacher_groups True"],
+    ),
+    (
+        {**DUAL, "alignment.target": "ema", "alignment.teacher_timestep": "same"},
+        ["alignment.teacher_timestep", "same", "self-flow"],
+    ),
+    (
+        {"model.size": "tiny", "alignment.student_block": 7},
+        ["alignment.student_block", "7", "1 to 6", "tiny"],
+    ),
+    (
+        {"model.size": "B/2", "alignment.teacher_block": 13},
+        ["alignment.teacher_block", "13", "1 to 12", "B/2"],
+    ),
+    (
+        {"training.batch_size": 10, "training.gradient_accumulation": 4},
+        ["training.gradient_accumulation", "4", "10"],
+    ),
+    (
+        {"training.steps": 10, "training.warmup_steps": 11},
+        ["training.warmup_steps", "11", "10"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), REFUSED, ids=lambda value: str(value)[:60])
+def test_refused_in_one_line_that_names_field_value_and_what_is_allowed(changes, words):
+    with pytest.raises(UserError) as error:
+        override(RunConfig(), changes)
+    message = str(error.value)
+    assert [word for word in words if word not in message] == []
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", RECIPE_NAMES)
+@pytest.mark.parametrize("block", ["alignment.student_block", "alignment.teacher_block"])
+def test_blocks_past_the_depth_are_refused_for_every_recipe(name, block):
+    recipe(name, {"model.size": "XL/2", block: 28})
+    with pytest.raises(UserError, match=rf"{block} is 29: allowed is 1 to 28"):
+        recipe(name, {"model.size": "XL/2", block: 29})
+
+
+class TestResolve:
+    def test_fills_in_what_the_data_determines(self):
+        tree = resolve(recipe("sra-dts-as", {"model.size": "S/2"}), 3, (32, 64), 10)
+        assert tree.model.channels == 3
+        assert tree.model.image_size == (32, 64)
+        assert tree.model.num_classes == 10
+        assert tree.model.num_tokens == 16 * 32
+        assert resolve(tree, 3, (32, 64), 10) == tree
+
+    @pytest.mark.parametrize(
+        ("size", "student", "teacher"),
+        [("tiny", 2, 4), ("S/2", 4, 8), ("B/2", 4, 8), ("L/2", 7, 17), ("XL/2", 8, 20)],
+    )
+    def test_blocks_follow_the_depth(self, size, student, teacher):
+        tree = resolve(recipe("sra", {"model.size": size}), 4, (32, 32), 1000)
+        assert (tree.alignment.student_block, tree.alignment.teacher_block) == (student, teacher)
+
+    def test_given_blocks_stay(self):
+        changes = {"alignment.student_block": 3, "alignment.teacher_block": 12}
+        tree = resolve(recipe("sra", {"model.size": "B/2", **changes}), 4, (32, 32), 1000)
+        assert (tree.alignment.student_block, tree.alignment.teacher_block) == (3, 12)
+
+    def test_zero_classes_make_labelled_data_unconditional(self):
+        tree = resolve(recipe("sit", {"model.num_classes": 0}), 3, (32, 32), 10)
+        assert tree.model.num_classes == 0
+
+    def test_more_classes_than_the_data_has_are_kept(self):
+        tree = resolve(recipe("sit", {"model.num_classes": 1000}), 3, (32, 32), 10)
+        assert tree.model.num_classes == 1000
+
+    @pytest.mark.parametrize(
+        ("changes", "image_size", "words"),
+        [
+            ({"model.channels": 4}, (32, 32), ["model.channels", "4", "3"]),
+            (
+                {"model.image_size": (16, 16)},
+                (32, 32),
+                ["model.image_size", "(16, 16)", "(32, 32)"],
+            ),
+            ({"model.num_classes": 9}, (32, 32), ["model.num_classes", "9", "10", "0"]),
+            ({"model.size": "S/8"}, (28, 28), ["model.size", "S/8", "28×28", "/1, /2, /4"]),
+            ({"model.size": "S/2"}, (32, 33), ["model.size", "S/2", "32×33", "/1"]),
+            (
+                {"model.size": "S/8", "views.mask_ratios": (0.01, 0.99)},
+                (32, 32),
+                ["views.mask_ratios", "0.01", "16 tokens", "(0, 16)"],
+            ),
+            (
+                {"model.size": "S/8", "views.mask_ratios": (1.0,) * 17},
+                (32, 32),
+                ["views.mask_ratios", "16 tokens", "at least one"],
+            ),
+        ],
+    )
+    def test_refuses_a_model_that_does_not_fit(self, changes, image_size, words):
+        with pytest.raises(UserError) as error:
+            resolve(recipe("sit", changes), 3, image_size, 10)
+        message = str(error.value)
+        assert [word for word in words if word not in message] == []
+        assert "\n" not in message

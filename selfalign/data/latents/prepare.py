@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import multiprocessing
 import os
+import queue
 import shutil
 import signal
 import threading
@@ -253,7 +254,9 @@ class _Job:
     """What a worker needs to write any shard."""
 
     root: Path
-    source: Source
+    sources: Any
+    """A queue with the source for each worker. It may be large, and a process that is started waits
+    for all that it is started with; a queue is filled while others start."""
     config: PrepareConfig
     layout: Layout
     done: Any
@@ -278,8 +281,9 @@ class _Worker:
 
     def __init__(self, job: _Job) -> None:
         self.job = job
+        self.source: Source = job.sources.get()
         self.autoencoder: AutoencoderKL | None = None
-        if job.layout.kind == "moments" and not job.source.moments:
+        if job.layout.kind == "moments" and not self.source.moments:
             with job.started.get_lock():
                 rank, job.started.value = job.started.value, job.started.value + 1
             self.autoencoder = vae.load_autoencoder(str(job.root / AUTOENCODER))
@@ -334,7 +338,7 @@ class _Worker:
         with np.errstate(over="ignore"):
             stored = by_view.astype(layout.dtype)
         if layout.kind == "moments" and not np.isfinite(stored).all():
-            names = [self.job.source.names[index] for index in batch if index not in skipped]
+            names = [self.source.names[index] for index in batch if index not in skipped]
             worst = names[int(np.isfinite(stored).all(axis=(1, 2, 3, 4)).argmin())]
             raise UserError(
                 f"the latents of {worst} are not finite in {layout.dtype}: use --dtype float32, or "
@@ -343,7 +347,7 @@ class _Worker:
         return stored
 
     def _read(self, index: int) -> Tensor:
-        source, layout = self.job.source, self.job.layout
+        source, layout = self.source, self.job.layout
         if source.moments:
             return torch.from_numpy(_read_moments(source, index, layout.shape[1:]))
         return decode_image(lambda: source.load(index), source.names[index], layout.image_size)
@@ -378,8 +382,6 @@ def _start_worker(job: _Job) -> None:
     global _job, _worker
     parent = multiprocessing.parent_process()
     if parent is not None:
-        # Ctrl-C reaches every process; the first one tells the others what to do.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         # When the first process is killed, nothing else would end this one.
         threading.Thread(target=_follow, args=(parent,), daemon=True).start()
         torch.set_num_threads(max(1, torch.get_num_threads() // job.config.processes))
@@ -397,49 +399,58 @@ def _write_shards(
     root: Path, source: Source, config: PrepareConfig, layout: Layout, progress: Progress
 ) -> list[Shard]:
     """All shards of the set, of which finished ones are not written again."""
+    count = -(-layout.images // layout.shard_images)
+    found = {number: _finished(root, number, layout) for number in range(count)}
+    shards = {number: shard for number, shard in found.items() if shard is not None}
+    missing = [number for number in found if number not in shards]
+    processes = min(config.processes, len(missing))
     context = multiprocessing.get_context("spawn")
-    job = _Job(
-        root, source, config, layout, context.Value("q", 0), context.Value("q", 0), context.Event()
-    )
-    shards: dict[int, Shard] = {}
-    missing = []
-    for number in range(-(-layout.images // layout.shard_images)):
-        finished = _finished(root, number, layout)
-        if finished is None:
-            missing.append(number)
-        else:
-            shards[number] = finished
-            job.done.value += len(job.images_of(number))
-    progress(job.done.value, layout.images)
-    if missing:
-        processes = min(config.processes, len(missing))
-        pool: concurrent.futures.Executor
-        if processes == 1:
-            pool = concurrent.futures.ThreadPoolExecutor(
-                1, initializer=_start_worker, initargs=(job,)
-            )
-        else:
-            pool = concurrent.futures.ProcessPoolExecutor(
-                processes, mp_context=context, initializer=_start_worker, initargs=(job,)
-            )
-        try:
+    sources: Any = context.Queue() if processes > 1 else queue.SimpleQueue()
+    done, started = context.Value("q", 0), context.Value("q", 0)
+    job = _Job(root, sources, config, layout, done, started, context.Event())
+    done.value = sum(len(job.images_of(number)) for number in shards)
+    progress(done.value, layout.images)
+    if not missing:
+        return list(shards.values())
+    pool: concurrent.futures.Executor
+    if processes == 1:
+        pool = concurrent.futures.ThreadPoolExecutor(1, initializer=_start_worker, initargs=(job,))
+    else:
+        pool = concurrent.futures.ProcessPoolExecutor(
+            processes, mp_context=context, initializer=_start_worker, initargs=(job,)
+        )
+        sources.cancel_join_thread()  # a process that died leaves its copy behind
+    try:
+        with _interrupts_blocked():
             futures = {pool.submit(_write_shard, number): number for number in missing}
-            waiting = set(futures)
-            while waiting:
-                ready, waiting = concurrent.futures.wait(
-                    waiting, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED
-                )
-                shards |= {futures[future]: future.result() for future in ready}
-                progress(job.done.value, layout.images)
-        except concurrent.futures.BrokenExecutor as error:
-            raise UserError(
-                "a process died while it prepared images, perhaps for lack of memory: the same "
-                "command continues, and fewer --processes need less"
-            ) from error
-        finally:
-            job.stop.set()
-            pool.shutdown(cancel_futures=True)
+        for _ in range(processes):
+            sources.put(source)
+        waiting = set(futures)
+        while waiting:
+            ready, waiting = concurrent.futures.wait(
+                waiting, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            shards |= {futures[future]: future.result() for future in ready}
+            progress(done.value, layout.images)
+    except concurrent.futures.BrokenExecutor as error:
+        raise UserError(
+            "a process died while it prepared images, perhaps for lack of memory: the same command "
+            "continues, and fewer --processes need less"
+        ) from error
+    finally:
+        job.stop.set()
+        pool.shutdown(cancel_futures=True)
     return [shards[number] for number in sorted(shards)]
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Delays Ctrl-C; processes started here never see it, as only the first should react to it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _finished(root: Path, number: int, layout: Layout) -> Shard | None:

@@ -6,11 +6,13 @@ from selfalign.models.sit import SiT
 from selfalign.objective import Losses, Objective, Predictions
 from selfalign.randomness import make_generator
 from selfalign.recipes import RECIPES, recipe
+from selfalign.training.ema import EMA
 from selfalign.views import Draw, TokenGroups, draw_views
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EMA",
     "RECIPES",
     "Draw",
     "Losses",

@@ -446,8 +446,7 @@ def group_sizes(mask_ratios: tuple[float, ...], num_tokens: int) -> tuple[int, .
         K counts that sum to N.
     """
     expected = [ratio * num_tokens for ratio in mask_ratios]
-    # A share such as 0.3·10 must not round down to 2 because of its last bit.
-    sizes = [math.floor(share + 1e-6) for share in expected]
+    sizes = [math.floor(share) for share in expected]
     by_fraction = sorted(range(len(sizes)), key=lambda k: (sizes[k] - expected[k], k))
     for k in by_fraction[: num_tokens - sum(sizes)]:
         sizes[k] += 1
@@ -455,13 +454,17 @@ def group_sizes(mask_ratios: tuple[float, ...], num_tokens: int) -> tuple[int, .
 
 
 def resolve(
-    config: RunConfig, channels: int, image_size: tuple[int, int], num_classes: int
+    config: RunConfig,
+    channels: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    num_classes: int | None = None,
 ) -> RunConfig:
-    """Fill in what the data determines, and check what depends on it.
+    """Fill in what was left open, and check what depends on the data's shape.
 
     Args:
         config: a tree whose model section may leave shapes open.
-        channels, image_size, num_classes: the data's; they fill in what the model section leaves open.
+        channels, image_size, num_classes: the data's; where they are left out, the model section has
+            to give them.
 
     Returns:
         A tree without open fields.
@@ -469,38 +472,38 @@ def resolve(
     Raises:
         UserError: the model does not fit the data, or a token group would be empty.
     """
-    model = config.model
+    model, data = config.model, {"channels": channels, "image_size": image_size}
+    for name, value in data.items():
+        given = getattr(model, name)
+        _require(given is not None or value is not None, f"model.{name}", given, "must be given")
+        _require(
+            given is None or value is None or given == value,
+            f"model.{name}",
+            given,
+            f"the data has {value}",
+        )
     _require(
-        model.channels in (None, channels),
-        "model.channels",
-        model.channels,
-        f"the data has {channels}",
-    )
-    _require(
-        model.image_size in (None, image_size),
-        "model.image_size",
-        model.image_size,
-        f"the data has {image_size}",
-    )
-    _require(
-        model.num_classes in (None, 0) or (model.num_classes or 0) >= num_classes,
+        num_classes is None or model.num_classes in (None, 0) or model.num_classes >= num_classes,
         "model.num_classes",
         model.num_classes,
         f"the data has {num_classes} classes; allowed is at least that, or 0 (unconditional)",
     )
-    patch = model.patch_size
-    _require(
-        all(side % patch == 0 for side in image_size),
-        "model.size",
-        model.size,
-        f"its patch must divide the input of {image_size[0]}×{image_size[1]}; allowed are patches "
-        + ", ".join(f"/{p}" for p in PATCH_SIZES if all(side % p == 0 for side in image_size)),
-    )
     model = dataclasses.replace(
         model,
-        channels=channels,
-        image_size=image_size,
+        channels=model.channels or channels,
+        image_size=model.image_size or image_size,
         num_classes=num_classes if model.num_classes is None else model.num_classes,
+    )
+    _require(model.num_classes is not None, "model.num_classes", None, "must be given")
+    assert model.image_size is not None
+    height, width = model.image_size
+    fitting = [f"/{p}" for p in PATCH_SIZES if height % p == width % p == 0]
+    _require(
+        f"/{model.patch_size}" in fitting,
+        "model.size",
+        model.size,
+        f"its patch must divide the input of {height}×{width}; allowed are patches "
+        + ", ".join(fitting),
     )
     sizes = group_sizes(config.views.mask_ratios, model.num_tokens)
     _require(

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from selfalign.errors import UserError
 
-IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
+IMAGE_SUFFIXES = frozenset(
+    suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
+)
 HELDOUT_SHARE = 0.1
 LONGEST_ASPECT = 16
 """Longer strips are cut to this before they are resized: 1×50,000 pixels would become gigabytes."""
@@ -117,8 +119,12 @@ class FolderSplit:
 def image_files(root: Path) -> Iterator[Path]:
     """Image files below a folder; hidden files and folders are none."""
     for path in root.rglob("*"):
-        if path.suffix.lower() in IMAGE_SUFFIXES and not _hidden(path.relative_to(root)):
+        if _is_image(path) and not _hidden(path.relative_to(root)):
             yield path
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
 def _hidden(path: Path) -> bool:
@@ -132,7 +138,7 @@ def list_images(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
     class, and label 0.
 
     Raises:
-        UserError: the folder is missing, or a class is empty.
+        UserError: the folder is missing, a class is empty, or images lie beside class subfolders.
     """
     if not root.is_dir():
         raise UserError(f"data.root is {str(root)!r}: there is no such folder")
@@ -144,6 +150,12 @@ def list_images(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
         for label, folder in enumerate(class_folders or [root])
         for path in sorted(image_files(folder))
     ]
+    loose = sorted(filter(_is_image, root.iterdir())) if class_folders else []
+    if loose:
+        raise UserError(
+            f"{printable(str(loose[0]))} lies beside class subfolders: images belong into one of "
+            "them, or all into one folder for an unconditional model"
+        )
     empty = set(range(len(class_folders))) - {label for _, label in found}
     if empty:
         raise UserError(f"{printable(str(class_folders[min(empty)]))} holds no images")

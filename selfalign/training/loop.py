@@ -1,11 +1,11 @@
 """The training loop, top to bottom."""
 
-import math
+import itertools
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -15,14 +15,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
-from torch import nn
 
 from selfalign.config import RunConfig, TrainingConfig
 from selfalign.data import DataSource, training_batches
 from selfalign.errors import UserError
 from selfalign.models.sit import SiT
-from selfalign.objective import Losses, Objective
-from selfalign.randomness import make_generator
+from selfalign.objective import Losses
 from selfalign.training.checkpoint import (
     load_optimizer,
     load_state,
@@ -30,8 +28,8 @@ from selfalign.training.checkpoint import (
     save_checkpoint,
 )
 from selfalign.training.ema import EMA
+from selfalign.training.step import TrainingStep, learning_rate, make_optimizer
 from selfalign.training.tracking import Metrics
-from selfalign.views import draw_views
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -103,23 +101,11 @@ def train(
     shares = accelerator.num_processes * training.gradient_accumulation
     student = SiT.from_config(config).to(accelerator.device)
     ema = EMA(student, training.ema_decay, training.ema_warmup)
-    optimizer = torch.optim.AdamW(
-        student.parameters(),
-        lr=training.learning_rate,
-        betas=training.adam_betas,
-        weight_decay=training.weight_decay,
-        fused=True,
-    )
+    optimizer = make_optimizer(training, student)
     state = TrainingState(config, source, folder, accelerator, student, ema, optimizer)
     if checkpoint is not None:
         _restore(state, checkpoint)
-    model: nn.Module
-    model, optimizer = accelerator.prepare(student, optimizer)
-    # The objective runs under autocast; monitors look at the student in float32.
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    objective: Callable[..., Losses] = Objective(config)
-    if training.compile:
-        objective = torch.compile(objective, dynamic=False)
+    take_step = TrainingStep(config, accelerator, student, ema, optimizer)
     state.metrics = Metrics(folder, accelerator, state.step)
 
     first_step = state.step
@@ -139,30 +125,13 @@ def train(
     with _stop_signals() as signals:
         while state.step < training.steps and state.stopped_by is None:
             step = state.step
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(training, step)
-            losses = []
-            for micro_step in range(training.gradient_accumulation):
-                x0, labels = (t.to(accelerator.device, non_blocking=True) for t in next(batches))
-                generator = make_generator(
-                    config.seed,
-                    "views",
-                    step * training.gradient_accumulation + micro_step,
-                    accelerator.process_index,
-                    device=accelerator.device,
+            micro_batches = []
+            for x0, labels in itertools.islice(batches, training.gradient_accumulation):
+                device = accelerator.device
+                micro_batches.append(
+                    (x0.to(device, non_blocking=True), labels.to(device, non_blocking=True))
                 )
-                draw = draw_views(config, x0.shape, generator)
-                last = micro_step == training.gradient_accumulation - 1
-                with nullcontext() if last else accelerator.no_sync(model):
-                    with accelerator.autocast():
-                        loss = objective(model, ema.model, x0, labels, draw)
-                    accelerator.backward(loss.total / training.gradient_accumulation)
-                losses.append(loss)
-            norm = accelerator.clip_grad_norm_(student.parameters(), training.clip_norm or math.inf)
-            _assert_finite(losses, norm, scaled=accelerator.scaler is not None, state=state)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            ema.update(step)
+            losses, norm = take_step(step, micro_batches)
             state.step = step + 1
 
             if state.step % training.log_every == 0 or state.step == training.steps:
@@ -184,16 +153,6 @@ def train(
         _save(state)
     state.metrics.close()
     return state
-
-
-def learning_rate(training: TrainingConfig, step: int) -> float:
-    """The learning rate of optimizer step `step`, counted from 0."""
-    if step < training.warmup_steps:
-        return training.learning_rate * (step + 1) / training.warmup_steps
-    if training.schedule == "constant":
-        return training.learning_rate
-    done = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)
-    return training.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def make_accelerator(training: TrainingConfig, folder: Path) -> Accelerator:
@@ -266,25 +225,6 @@ def _visit(state: TrainingState, monitors: Sequence[Monitor]) -> None:
     for monitor in monitors:
         if due(monitor.every) and state.accelerator.is_main_process:
             monitor(state)
-
-
-def _assert_finite(
-    losses: list[Losses], norm: torch.Tensor, *, scaled: bool, state: TrainingState
-) -> None:
-    """Assert on the device that the step is sound, before the optimizer moves the weights.
-
-    No value travels to Python: on a GPU the failed assertion surfaces at the next synchronisation,
-    and by then no weight has changed. Under fp16 the scaler skips steps with infinite gradients.
-    """
-    checks = [loss.total for loss in losses] if scaled else [*(x.total for x in losses), norm]
-    try:
-        torch._assert_async(torch.isfinite(torch.stack(checks)).all())
-    except RuntimeError as error:
-        raise UserError(
-            f"the loss or its gradient is no longer finite at step {state.step + 1}: lower "
-            f"training.learning_rate ({state.config.training.learning_rate}); the checkpoints in "
-            f"{state.folder / 'checkpoints'} are untouched"
-        ) from error
 
 
 def _values(accelerator: Accelerator, losses: list[Losses], norm: torch.Tensor) -> dict[str, float]:

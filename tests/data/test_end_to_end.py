@@ -14,7 +14,7 @@ from selfalign.config import DataConfig
 from selfalign.data import open_data
 from selfalign.data.files import read_mnist
 from selfalign.sampling.generate import SamplingConfig, generate, to_uint8
-from selfalign.training.loop import train
+from selfalign.training.loop import make_accelerator, train
 
 
 @pytest.fixture
@@ -64,6 +64,7 @@ def test_from_images_to_images(clothes: Path, tmp_path: Path, autoencoder: Path)
         config,
         source,
         tmp_path / "run",
+        make_accelerator(config.training, tmp_path / "run"),
         progress=lambda state, values: losses.append(values["denoising_loss"]),
     )
     assert state.step == 60 and np.isfinite(losses).all() and losses[-1] < losses[0]

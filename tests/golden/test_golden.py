@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-
 from golden.check import TOLERANCE, check
 
 FILES = sorted(Path(__file__).parent.glob("*.safetensors"))

@@ -18,7 +18,8 @@ from selfalign.config import RunConfig, TrainingConfig
 from selfalign.run import read_config, resume_run, start_run
 from selfalign.training.checkpoint import FILES, latest_checkpoint
 from selfalign.training.ema import EMA
-from selfalign.training.loop import TrainingState, learning_rate
+from selfalign.training.loop import TrainingState
+from selfalign.training.step import learning_rate
 from selfalign.training.tracking import read_metrics
 
 

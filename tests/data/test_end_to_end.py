@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data.conftest import FASHION_MNIST
 from PIL import Image
+from small_images import FASHION_MNIST
 
 from selfalign import recipe, resolve
 from selfalign.cli import main

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data.conftest import random_image
+from small_images import random_image
 
 from selfalign.cli import main
 from selfalign.data.folder import read_image

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.conftest import FASHION_MNIST, random_image
+from small_images import FASHION_MNIST, random_image
 
 from selfalign.data.latents.sources import Source, open_source
 from selfalign.errors import UserError

@@ -355,14 +355,15 @@ class DataConfig(_Section):
 
     _name = "data"
 
-    name: Literal["digits", "mnist", "fashion-mnist", "cifar10", "folder"] = "digits"
-    """Which data set; folder reads class subfolders of images from data.root."""
+    name: Literal["digits", "mnist", "fashion-mnist", "cifar10", "folder", "latents"] = "digits"
+    """Which data set; folder reads class subfolders of images from data.root, and latents what
+    `selfalign prepare` stored there."""
     root: str = "data"
     """Folder that holds the files, and into which they are downloaded where that is possible."""
     image_size: int = 64
     """Side of the square that a folder's images are cropped and resized to."""
     flip: bool = False
-    """Mirror training images at random, left to right."""
+    """Mirror training images at random, left to right; latents have to be prepared with --flip."""
     workers: int = 0
     """Processes that read the data; 0 reads in the training process."""
 

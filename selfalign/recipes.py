@@ -24,6 +24,17 @@ _DUAL = {"views.timesteps": "dual", "views.mask_ratios": (0.25, 0.75)}
 _SEPARATED = {"views.attention": "separated", "views.mask_ratios": (0.25, 0.75)}
 _GROUPED_TEACHER = {**_EMA_TEACHER, "alignment.teacher_groups": True}
 
+_PAPER = {**_GROUPED_TEACHER, **_DUAL, **_SEPARATED}
+_IMAGENET = {
+    **_PAPER,
+    # As released: the teacher stays near its first weights for some thousand steps.
+    "training.ema_warmup": False,
+    "training.precision": "bf16",
+    "data.name": "latents",
+    "data.workers": 2,
+}
+_XL = {"model.size": "XL/2", "alignment.student_block": 8, "alignment.teacher_block": 20}
+
 RECIPES: dict[str, Recipe] = {
     "sit": Recipe("flow matching alone: one timestep, full attention, no alignment", {}),
     "sra": Recipe(
@@ -49,7 +60,39 @@ RECIPES: dict[str, Recipe] = {
     ),
     "sra-dts-as": Recipe(
         "the paper's recipe: dual timesteps and separated attention, in student and teacher",
-        {**_GROUPED_TEACHER, **_DUAL, **_SEPARATED},
+        _PAPER,
+    ),
+    "imagenet256-xl2": Recipe(
+        "sra-dts-as at the paper's full size: SiT-XL/2 on latents of 32×32, 4M steps of batch 256",
+        {
+            **_IMAGENET,
+            **_XL,
+            "model.image_size": (32, 32),
+            "training.steps": 4_000_000,
+            "data.root": "data/imagenet256",
+        },
+    ),
+    "imagenet256-b2": Recipe(
+        "sra-dts-as as in the paper's ablations: SiT-B/2 on latents of 32×32, 800K steps",
+        {
+            **_IMAGENET,
+            "model.size": "B/2",
+            "model.image_size": (32, 32),
+            "alignment.student_block": 4,
+            "alignment.teacher_block": 8,
+            "training.steps": 800_000,
+            "data.root": "data/imagenet256",
+        },
+    ),
+    "imagenet512-xl2": Recipe(
+        "sra-dts-as at 512×512 pixels: SiT-XL/2 on latents of 64×64, 1M steps of batch 256",
+        {
+            **_IMAGENET,
+            **_XL,
+            "model.image_size": (64, 64),
+            "training.steps": 1_000_000,
+            "data.root": "data/imagenet512",
+        },
     ),
 }
 

@@ -1,6 +1,7 @@
 """Data sets with fixed, disjoint training and held-out splits.
 
-Images are float32 tensors (C, H, W) in [-1, 1]; a split reads many at once.
+A split reads many images at once, as float32 tensors (C, H, W): pixels in [-1, 1], or latents, which
+a source's `decode` turns into such images.
 """
 
 import hashlib
@@ -31,13 +32,17 @@ class Split(Protocol):
     def read(
         self, indices: Sequence[int], seeds: Sequence[int] | None = None
     ) -> tuple[Float[Tensor, "B C H W"], Int[Tensor, "B"]]:
-        """Images in [-1, 1] and their labels.
+        """What the model sees of these images, and their labels.
 
         Args:
             indices: which images.
             seeds: one per image, from which all random augmentation follows; None for none.
         """
         ...
+
+
+def _identity(images: Tensor) -> Tensor:
+    return images
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class DataSource:
     """Names by label; empty for a set without classes."""
     fingerprint: str
     """Changes when the data does."""
+    decode: Callable[[Float[Tensor, "B C H W"]], Float[Tensor, "B C H W"]] = _identity
+    """From what the model sees to images in [-1, 1], on the same device. A UserError if it cannot."""
 
     @property
     def num_classes(self) -> int:
@@ -161,12 +168,19 @@ def _open_folder(config: DataConfig) -> DataSource:
     return DataSource(train, heldout, 3, (side, side), class_names, fingerprint)
 
 
+def _open_latents(config: DataConfig) -> DataSource:
+    from selfalign.data.latents.reader import open_latents
+
+    return open_latents(config)
+
+
 _OPENERS: dict[str, Callable[[DataConfig], DataSource]] = {
     "digits": _open_digits,
     "mnist": _open_mnist,
     "fashion-mnist": _open_fashion_mnist,
     "cifar10": _open_cifar10,
     "folder": _open_folder,
+    "latents": _open_latents,
 }
 
 

@@ -86,7 +86,7 @@ def test_a_finished_run_goes_on_as_if_it_had_been_longer(tmp_path: Path) -> None
         resume_run(tmp_path / "halves", 40, quiet)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("imagenet")])
 def test_every_recipe_trains(tmp_path: Path, name: str) -> None:
     config = recipe(name, {**SMALL, "training.steps": 3, "training.log_every": 1})
     state = start_run(config, tmp_path / "run", quiet)

@@ -1,0 +1,242 @@
+"""`selfalign bench`: what a step or a sample costs, measured here or estimated for elsewhere."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+from accelerate import Accelerator
+from rich.table import Table
+
+from selfalign.benchmark.cost import step_cost
+from selfalign.benchmark.measure import measure_limit, peak_memory_mb, time_step
+from selfalign.benchmark.sampling import time_sampling
+from selfalign.cli.console import console, parse
+from selfalign.config import RunConfig, resolve
+from selfalign.errors import UserError
+from selfalign.recipes import recipe
+from selfalign.sampling.generate import SamplingConfig
+
+
+@dataclass(frozen=True)
+class Model:
+    """The transformer."""
+
+    size: str = "S/2"
+    """Size and patch: tiny, S, B, L or XL, then /1, /2, /4 or /8."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Made-up data."""
+
+    shape: tuple[int, int, int] = (4, 32, 32)
+    """Channels, height and width of an input."""
+
+
+@dataclass(frozen=True)
+class BenchArguments:
+    """What is measured."""
+
+    recipe: str = "sra-dts-as"
+    """Name of the recipe."""
+    model: Model = dataclasses.field(default_factory=Model)
+    data: Data = dataclasses.field(default_factory=Data)
+    batch_size: int = 8
+    """Images per step, or per batch of samples."""
+    repetitions: int = 9
+    """How often it is measured, after a warm-up."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+@dataclass(frozen=True)
+class StepArguments(BenchArguments):
+    """Measure a training step."""
+
+    compile: bool = False
+    """Compile the objective with torch.compile."""
+
+
+@dataclass(frozen=True)
+class SampleArguments(BenchArguments):
+    """Measure sampling."""
+
+    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=lambda: SamplingConfig("sde", 250, 1.8, (0.0, 0.7))
+    )
+
+
+@dataclass(frozen=True)
+class EstimateArguments(BenchArguments):
+    """Estimate a training step."""
+
+    devices: int = 1
+    """Devices that share the batch."""
+    device_tflops: float = 0.2
+    """Rate of the model's products on one device, in 10^12 operations per second."""
+    device_bandwidth: float = 25.0
+    """Rate of one device's memory, in 10^9 bytes per second."""
+    efficiency: float = 0.9
+    """Share of its limit that a step reaches; `bench step` measures it."""
+
+
+def bench_command(arguments: Sequence[str]) -> int:
+    """`selfalign bench`."""
+    kinds = {"step": _step, "sample": _sample, "estimate": _estimate}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        console.print(
+            "usage: selfalign bench step|sample|estimate --recipe R --model.size S/2 "
+            "--data.shape C H W --batch-size B [--json]\n\n"
+            "  step      measure a training step, by part, beside the limit of this machine\n"
+            "  sample    measure sampling\n"
+            "  estimate  count a training step and predict its time on other devices\n\n"
+            "example: selfalign bench step --model.size S/2 --data.shape 4 32 32 --batch-size 8"
+        )
+        return 0
+    if arguments[0] not in kinds:
+        raise UserError(f"bench is {arguments[0]!r}: allowed are {', '.join(kinds)}")
+    return kinds[arguments[0]](arguments[1:])
+
+
+def _config(arguments: BenchArguments, batch_size: int, compiled: bool = False) -> RunConfig:
+    if min(arguments.batch_size, arguments.repetitions) < 1:
+        raise UserError("--batch-size and --repetitions: allowed are numbers from 1")
+    channels, height, width = arguments.data.shape
+    settings = {
+        "model.size": arguments.model.size,
+        "training.batch_size": batch_size,
+        "training.compile": compiled,
+        "training.trackers": (),
+    }
+    return resolve(recipe(arguments.recipe, settings), channels, (height, width), 1000)
+
+
+def _step(words: Sequence[str]) -> int:
+    parsed = parse(
+        StepArguments,
+        words,
+        "selfalign bench step",
+        "Measure a training step, by part, beside the limit of this machine. Example: selfalign bench "
+        "step --recipe sra-dts-as --model.size S/2 --data.shape 4 32 32 --batch-size 8",
+    )
+    config = _config(parsed, parsed.batch_size, parsed.compile)
+    timing = time_step(config, parsed.repetitions)
+    limit = measure_limit(config, Accelerator().device)
+    cost = step_cost(config, parsed.batch_size)
+    _show(
+        parsed.json,
+        {
+            "recipe": parsed.recipe,
+            "model_size": parsed.model.size,
+            "data_shape": list(parsed.data.shape),
+            "batch_size": parsed.batch_size,
+            "parameters": cost.parameters,
+            "seconds_per_step": timing.median,
+            "seconds_per_step_range": [min(timing.seconds), max(timing.seconds)],
+            "flops_per_step": cost.flops,
+            "peak_flops_share": cost.flops / timing.median / limit.gemm_flops_per_second,
+            "gemm_flops_per_second": limit.gemm_flops_per_second,
+            "limit_seconds": limit.seconds,
+            "limit_share": limit.seconds / timing.median,
+            "peak_memory_mb": timing.peak_memory_mb,
+            "seconds_by_part": timing.parts,
+        },
+    )
+    return 0
+
+
+def _sample(words: Sequence[str]) -> int:
+    parsed = parse(
+        SampleArguments,
+        words,
+        "selfalign bench sample",
+        "Measure sampling. Example: selfalign bench sample --model.size S/2 --data.shape 4 32 32 "
+        "--batch-size 4 --solver sde --steps 250 --guidance-scale 1.8 --guidance-interval 0 0.7",
+    )
+    config = _config(parsed, parsed.batch_size)
+    device = Accelerator().device
+    timing = time_sampling(config, parsed.sampling, parsed.batch_size, device, parsed.repetitions)
+    _show(
+        parsed.json,
+        {
+            "recipe": parsed.recipe,
+            "model_size": parsed.model.size,
+            "data_shape": list(parsed.data.shape),
+            "batch_size": parsed.batch_size,
+            "solver": parsed.sampling.solver,
+            "steps": parsed.sampling.steps,
+            "images_per_second": parsed.batch_size / timing.median,
+            "seconds_per_batch": timing.median,
+            "seconds_per_batch_range": [min(timing.seconds), max(timing.seconds)],
+            "passes_per_image": timing.passes,
+            "limit_seconds": timing.limit_seconds,
+            "limit_share": timing.limit_seconds / timing.median,
+            "peak_memory_mb": peak_memory_mb(device),
+        },
+    )
+    return 0
+
+
+def _estimate(words: Sequence[str]) -> int:
+    parsed = parse(
+        EstimateArguments,
+        words,
+        "selfalign bench estimate",
+        "Count a training step and predict its time. Example: selfalign bench estimate --model.size "
+        "XL/2 --recipe sra-dts-as --data.shape 4 64 64 --batch-size 256 --devices 8 --device-tflops 300 "
+        "--device-bandwidth 2000 --efficiency 0.4",
+    )
+    if parsed.batch_size % max(1, parsed.devices):
+        raise UserError(
+            f"--batch-size is {parsed.batch_size}: must be a multiple of --devices {parsed.devices}"
+        )
+    for name in ("devices", "device_tflops", "device_bandwidth", "efficiency"):
+        if not getattr(parsed, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0")
+    config = _config(parsed, parsed.batch_size)
+    cost = step_cost(config, parsed.batch_size // parsed.devices)
+    seconds = cost.flops / (parsed.device_tflops * 1e12)
+    seconds += cost.update_bytes / (parsed.device_bandwidth * 1e9)
+    _show(
+        parsed.json,
+        {
+            "recipe": parsed.recipe,
+            "model_size": parsed.model.size,
+            "data_shape": list(parsed.data.shape),
+            "batch_size": parsed.batch_size,
+            "devices": parsed.devices,
+            "parameters": cost.parameters,
+            "flops_per_step": cost.flops * parsed.devices,
+            "flops_by_part": {
+                "student forward": cost.student_forward * parsed.devices,
+                "teacher": cost.teacher_forward * parsed.devices,
+                "backward": cost.backward * parsed.devices,
+                "of these, attention": cost.attention * parsed.devices,
+            },
+            "state_gib_per_device": cost.state_bytes / 2**30,
+            "activation_gib_per_device": cost.activation_bytes / 2**30,
+            "seconds_per_step": seconds / parsed.efficiency,
+        },
+    )
+    return 0
+
+
+def _show(as_json: bool, values: dict[str, object]) -> None:
+    if as_json:
+        print(json.dumps(values))
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in values.items():
+        if isinstance(value, dict):
+            for part, amount in value.items():
+                table.add_row(f"  {name.replace('_', ' ')}: {part}", f"{amount:.4g}")
+        elif isinstance(value, list):
+            table.add_row(name.replace("_", " "), " ".join(f"{item:.4g}" for item in value))
+        else:
+            table.add_row(
+                name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else f"{value}"
+            )
+    console.print(table)

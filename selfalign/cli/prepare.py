@@ -1,0 +1,93 @@
+"""`selfalign prepare`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.progress import DownloadColumn
+
+from selfalign.cli.console import console, make_bar, parse
+from selfalign.data.latents import PrepareConfig, prepare, verify
+from selfalign.errors import UserError
+
+
+@dataclass(frozen=True)
+class PrepareArguments:
+    """Prepare a data set."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Class folders of images; a .tar, .parquet or .arrow file or a folder of them; a folder with
+    dataset.json (vae-sd); torchvision:NAME[:FOLDER]; or hub:OWNER/NAME[:SPLIT]."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """Folder for the result."""
+    settings: Annotated[PrepareConfig, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True)
+class VerifyArguments:
+    """Check a prepared data set."""
+
+    verify: Path
+    """Folder of the data set."""
+
+
+def prepare_command(arguments: Sequence[str]) -> int:
+    """`selfalign prepare`."""
+    if "--verify" in arguments:
+        return _verify(arguments)
+    parsed = parse(
+        PrepareArguments,
+        arguments,
+        "selfalign prepare",
+        "Encode images once, into a few large files that training reads fast. The same command "
+        "continues what was interrupted; selfalign prepare --verify OUT checks the result. "
+        "Example: selfalign prepare imagenet/train data/imagenet256 --vae ema --processes 8",
+    )
+    with make_bar("preparing") as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int) -> None:
+            if bar.tasks[task].total is None:
+                bar.reset(task, completed=done, total=total)  # what was finished before is no speed
+            bar.update(task, completed=done)
+
+        manifest = prepare(parsed.source, parsed.out, parsed.settings, show)
+    images = sum(shard.records for shard in manifest.shards)
+    size = images * manifest.layout.record_bytes
+    classes = len(manifest.layout.class_names)
+    console.print(
+        f"{images:,} images, {classes or 'no'} classes, as {manifest.layout.kind} in "
+        f"{len(manifest.shards)} files of together {size / 1e9:,.2f} GB: {parsed.out}"
+    )
+    if manifest.skipped:
+        listed = ", ".join(manifest.skipped[:10]) + (", …" if len(manifest.skipped) > 10 else "")
+        console.print(
+            f"left out as unreadable: {len(manifest.skipped):,} ({listed}); all are listed in "
+            f"{parsed.out / 'manifest.json'}"
+        )
+    console.print(
+        f"train on it: selfalign train RECIPE --out DIR --data.name latents --data.root {parsed.out}"
+    )
+    return 0
+
+
+def _verify(arguments: Sequence[str]) -> int:
+    parsed = parse(
+        VerifyArguments,
+        arguments,
+        "selfalign prepare",
+        "Compare a prepared data set with its checksums. "
+        "Example: selfalign prepare --verify data/imagenet256",
+    )
+    with make_bar("verifying", DownloadColumn()) as bar:
+        task = bar.add_task("", total=None)
+        problems = verify(
+            parsed.verify, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    if problems:
+        found = "; ".join(f"{file} {problem}" for file, problem in problems.items())
+        raise UserError(f"{parsed.verify}: {found}")
+    console.print(f"{parsed.verify}: every checksum is right")
+    return 0

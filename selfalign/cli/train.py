@@ -1,0 +1,181 @@
+"""`selfalign train` and `selfalign recipes`."""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from selfalign.cli.console import console, parse
+from selfalign.config import RunConfig
+from selfalign.errors import UserError
+from selfalign.recipes import RECIPES, recipe
+from selfalign.run import read_config, resume_run, start_run
+from selfalign.training.loop import TrainingState
+from selfalign.training.tracking import read_metrics
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """Train a new run."""
+
+    out: Path
+    """Folder of the run; new or empty."""
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True)
+class ResumedTraining:
+    """What may change on resuming."""
+
+    steps: int | None = None
+    """Optimizer steps in all; left out: as the run was started."""
+
+
+@dataclass(frozen=True)
+class ResumeArguments:
+    """Go on with a run from its last checkpoint."""
+
+    resume: Path
+    """Folder of the run."""
+    training: ResumedTraining
+
+
+def train_command(arguments: Sequence[str]) -> int:
+    """`selfalign train`."""
+    usage = (
+        "usage: selfalign train RECIPE --out DIR [--SECTION.FIELD VALUE …]\n"
+        "       selfalign train --resume DIR [--training.steps N]\n\n"
+        f"recipes: {', '.join(RECIPES)}\n"
+        "every setting of a recipe: selfalign train RECIPE --help\n"
+        "example: selfalign train sra-dts-as --out runs/digits --data.name digits "
+        "--model.size tiny --training.steps 1000"
+    )
+    if not arguments or arguments[0] in ("-h", "--help"):
+        console.print(usage)
+        return 0
+    if not arguments[0].startswith("-"):
+        base = recipe(arguments[0])
+        parsed = parse(
+            TrainArguments,
+            arguments[1:],
+            f"selfalign train {arguments[0]}",
+            f"{arguments[0]}: {RECIPES[arguments[0]].summary}. Example: selfalign train "
+            f"{arguments[0]} --out runs/digits --data.name digits --model.size tiny",
+            config=base,
+        )
+        with _progress() as progress:
+            state = start_run(parsed.config, parsed.out, progress)
+    else:
+        resumed = parse(
+            ResumeArguments,
+            arguments,
+            "selfalign train",
+            "Go on with a run from its last checkpoint. "
+            "Example: selfalign train --resume runs/digits --training.steps 2000",
+        )
+        with _progress() as progress:
+            state = resume_run(resumed.resume, resumed.training.steps, progress)
+    return _report(state)
+
+
+def recipes_command(arguments: Sequence[str]) -> int:
+    """`selfalign recipes`."""
+    if arguments and arguments[0] not in ("-h", "--help"):
+        raise UserError(f"selfalign recipes takes no arguments, got {arguments[0]!r}")
+    table = Table("recipe", "what sets it apart", "settings that differ from sit", box=None)
+    for name, entry in RECIPES.items():
+        settings = ", ".join(f"{key} {value}" for key, value in entry.settings.items())
+        table.add_row(name, entry.summary, settings or "–")
+    console.print(table)
+    console.print(
+        "train one: selfalign train RECIPE --out DIR; settings: selfalign train RECIPE --help"
+    )
+    return 0
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[TrainingState, dict[str, float]], None]]:
+    """A live bar on a terminal, a line now and then elsewhere; the main process only."""
+    bar = Progress(
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[losses]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+        console=console,
+        disable=not console.is_terminal or os.environ.get("LOCAL_RANK", "0") != "0",
+    )
+    task: Any = None
+    begun, first_step, printed = time.perf_counter(), 0, 0.0
+
+    def show(state: TrainingState, values: dict[str, float]) -> None:
+        nonlocal task, first_step, printed
+        if not state.accelerator.is_main_process:
+            return
+        total = state.config.training.steps
+        losses = f"loss {values['loss']:.4f} (denoising {values['denoising_loss']:.4f}"
+        if state.config.alignment.target != "none":
+            losses += f", alignment {values['alignment_loss']:.4f}"
+        losses += f") {values['samples_per_second']:.0f} samples/s"
+        now = time.perf_counter()
+        if not bar.disable:
+            if task is None:
+                task = bar.add_task("", total=total, losses="", completed=state.step)
+            bar.update(task, completed=state.step, losses=losses)
+        elif now - printed > 10 or state.step == total:
+            first_step = first_step or state.step
+            done, left = state.step - first_step, total - state.step
+            eta = f"{(now - begun) / done * left:.0f} s left" if done else "…"
+            console.print(f"step {state.step}/{total}  {losses}  {eta}")
+            printed = now
+
+    with bar:
+        yield show
+
+
+def _report(state: TrainingState) -> int:
+    """Say what a run left behind, and how to go on with one that was stopped."""
+    if not state.accelerator.is_main_process:
+        return 0
+    folder = state.folder
+    if state.step < state.config.training.steps:
+        console.print(
+            f"stopped after step {state.step} of {state.config.training.steps}; checkpoint written. "
+            f"Go on with: selfalign train --resume {folder}"
+        )
+        return 128 + (state.stopped_by or 0)
+    config, _ = read_config(folder)
+    metrics = read_metrics(folder)
+    last = next((line for line in reversed(metrics) if "loss" in line), None)
+    heldout = next((line for line in reversed(metrics) if "heldout_ema" in line), None)
+    parameters = sum(p.numel() for p in state.student.parameters())
+    table = Table(show_header=False, box=None)
+    table.add_row("model", f"SiT {config.model.size}, {parameters:,} parameters")
+    table.add_row("data", f"{config.data.name}, {len(state.source.train):,} training images")
+    table.add_row("steps", f"{state.step:,} of batch {config.training.batch_size}")
+    if last is not None:
+        table.add_row("training loss", f"{last['loss']:.4f}")
+    if heldout is not None:
+        table.add_row("held-out denoising loss, EMA", f"{heldout['heldout_ema']:.4f}")
+        table.add_row("held-out denoising loss, raw", f"{heldout['heldout_raw']:.4f}")
+    table.add_row("samples", str(folder / "samples" / f"step_{state.step:08d}.png"))
+    table.add_row("curves", str(folder / "curves.png"))
+    table.add_row("go on", f"selfalign sample {folder} --out {folder}/generated")
+    console.print(table)
+    return 0

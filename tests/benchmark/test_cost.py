@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from support import RECIPE_NAMES
 from torch.utils.flop_counter import FlopCounterMode
 
-from selfalign import RECIPES, SiT, recipe, resolve
+from selfalign import SiT, recipe, resolve
 from selfalign.benchmark.cost import count_parameters, linears, step_cost
 from selfalign.benchmark.measure import StepBenchmark, measure_limit
 from selfalign.benchmark.sampling import count_passes, time_sampling
@@ -23,7 +24,8 @@ def small(name: str, overrides: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "overrides"),
-    [(name, {}) for name in RECIPES] + [("sra-dts-as", MIXED), ("sra", {"model.qk_norm": True})],
+    [(name, {}) for name in RECIPE_NAMES]
+    + [("sra-dts-as", MIXED), ("sra", {"model.qk_norm": True})],
 )
 def test_products_are_what_torch_counts(name: str, overrides: dict[str, Any]) -> None:
     config = small(name, overrides)

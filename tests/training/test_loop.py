@@ -12,8 +12,9 @@ import pytest
 import torch
 from conftest import SMALL
 from safetensors.torch import load_file
+from support import RECIPE_NAMES
 
-from selfalign import RECIPES, UserError, override, recipe
+from selfalign import UserError, override, recipe
 from selfalign.config import RunConfig, TrainingConfig
 from selfalign.run import read_config, resume_run, start_run
 from selfalign.training.checkpoint import FILES, latest_checkpoint
@@ -86,7 +87,7 @@ def test_a_finished_run_goes_on_as_if_it_had_been_longer(tmp_path: Path) -> None
         resume_run(tmp_path / "halves", 40, quiet)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("imagenet")])
+@pytest.mark.parametrize("name", RECIPE_NAMES)
 def test_every_recipe_trains(tmp_path: Path, name: str) -> None:
     config = recipe(name, {**SMALL, "training.steps": 3, "training.log_every": 1})
     state = start_run(config, tmp_path / "run", quiet)

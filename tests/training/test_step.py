@@ -5,17 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+from support import RECIPE_NAMES
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from selfalign import RECIPES, Draw, Objective, RunConfig, SiT, draw_views, make_generator, resolve
+from selfalign import Draw, Objective, RunConfig, SiT, draw_views, make_generator, resolve
 from selfalign import recipe as make_recipe
 from selfalign.benchmark.measure import StepBenchmark
 from selfalign.training.loop import make_accelerator
 
 MIXED = {"views.whole_image_fraction": 0.25, "views.mask_ratios": (0.2, 0.3, 0.5)}
-VARIANTS = [(name, {}) for name in RECIPES] + [("sra-dts-as", MIXED)]
+VARIANTS = [(name, {}) for name in RECIPE_NAMES] + [("sra-dts-as", MIXED)]
 
 
 def small(name: str, overrides: dict[str, Any]) -> RunConfig:

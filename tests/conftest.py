@@ -7,6 +7,7 @@ import pytest
 import torch
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+os.environ["HF_HUB_OFFLINE"] = "1"  # what is not on the machine is missing, at once
 
 from selfalign import RunConfig, recipe, run
 

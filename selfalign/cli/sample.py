@@ -69,7 +69,7 @@ def sample_command(arguments: Sequence[str]) -> int:
             separate=run.config.views.attention == "separated",
         )
         for batch in batches:
-            images.append(to_uint8(batch.images).cpu())
+            images.append(to_uint8(run.decode(batch.images)).cpu())
             chosen.append(batch.labels)
             bar.update(task, advance=len(batch.indices))
     arr_0 = np.concatenate([part.permute(0, 2, 3, 1).numpy() for part in images])

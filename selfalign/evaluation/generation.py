@@ -103,7 +103,7 @@ def _write_shard(
     )
     images, labels = [], []
     for batch in batches:
-        images.append(to_uint8(batch.images).permute(0, 2, 3, 1).cpu().numpy())
+        images.append(to_uint8(run.decode(batch.images)).permute(0, 2, 3, 1).cpu().numpy())
         labels.append(batch.labels.numpy())
     arrays = {"arr_0": np.concatenate(images)}
     if run.model.num_classes:

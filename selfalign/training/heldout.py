@@ -32,8 +32,8 @@ def heldout_loss(
 ) -> HeldOutLoss:
     """Evaluate a model's denoising loss.
 
-    Sample i is image i mod M at a timestep in bin (i + i div M) mod 10, so that images and bins are
-    covered evenly; its timestep and noise are functions of i alone.
+    Sample i lies in bin i mod 10 of t and shows image (i + i div 10) mod M, so that bins are covered
+    exactly evenly, and every image meets every bin; its timestep and noise are functions of i alone.
 
     Args:
         model: evaluated in its own dtype, on its own device, with the true labels.
@@ -48,8 +48,8 @@ def heldout_loss(
     errors, bins = [], []
     for first in range(0, samples, batch_size):
         indices = range(first, min(first + batch_size, samples))
-        x0, labels = split.read([i % len(split) for i in indices])
-        bin_of = torch.tensor([(i + i // len(split)) % BINS for i in indices])
+        x0, labels = split.read([(i + i // BINS) % len(split) for i in indices])
+        bin_of = torch.tensor([i % BINS for i in indices])
         # One generator per sample, so that no sample depends on the batch it is in.
         generators = [make_generator(_SEED, "heldout", i) for i in indices]
         within = torch.cat([torch.rand(1, generator=g) for g in generators])

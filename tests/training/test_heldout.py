@@ -50,5 +50,19 @@ def test_every_image_meets_every_bin() -> None:
     split = Recorder()
     heldout_loss(SiT.from_config(config), split, "linear", 100)  # type: ignore[arg-type]
     assert sorted(split.seen) == sorted(list(range(10)) * 10)
-    pairs = {(i % 10, (i + i // 10) % 10) for i in range(100)}
-    assert len(pairs) == 100
+    assert len({(image, i % 10) for i, image in enumerate(split.seen)}) == 100
+
+
+def test_one_image_is_enough() -> None:
+    source = open_data(DataConfig())
+
+    class One:
+        def __len__(self) -> int:
+            return 1
+
+        def read(self, indices: list[int], seeds: None = None) -> tuple[Tensor, Tensor]:
+            return source.heldout.read(indices)
+
+    config = resolve(recipe("sit", {"model.size": "tiny/2"}), 1, (8, 8), 10)
+    loss = heldout_loss(SiT.from_config(config), One(), "linear", 20)
+    assert all(value > 0 for value in loss.by_timestep)

@@ -4,9 +4,10 @@ Puts together what stands side by side below: data, training, the monitors, samp
 """
 
 import dataclasses
+import functools
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -214,9 +215,11 @@ class LoadedRun:
 
     def decode(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """From the model's space to images in [-1, 1]; only latents need their data set for it."""
-        if self.config.data.name != "latents":
-            return images
-        return open_data(self.config.data).decode(images)
+        return self._decoder(images) if self.config.data.name == "latents" else images
+
+    @functools.cached_property
+    def _decoder(self) -> Callable[[Tensor], Tensor]:
+        return open_data(self.config.data).decode
 
 
 def load_run(

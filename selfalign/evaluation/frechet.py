@@ -107,8 +107,21 @@ def frechet_estimate(features: Float[Tensor, "M D"], reference: Gaussian) -> Est
         )
     groups = _moments_by_group(features, GROUPS)
     total = functools.reduce(Moments.combine, groups)
-    without = [frechet_distance(total.combine(group, -1).gaussian(), reference) for group in groups]
+    without = [_quick_distance(total.combine(group, -1).gaussian(), reference) for group in groups]
     return from_jackknife(frechet_distance(total.gaussian(), reference), without)
+
+
+def _quick_distance(first: Gaussian, second: Gaussian) -> float:
+    """`frechet_distance` for a spread, in less than half of its time.
+
+    The eigenvalues of F₂ᵀΣ₁F₂ are the squares of the singular values of F₁ᵀF₂. Rounding leaves those
+    that should be zero at 1e-16 of the largest, and their roots add the same 1e-8 to every term.
+    """
+    difference = first.mean - second.mean
+    product = second.factor.T @ first.covariance @ second.factor
+    overlap = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum()
+    traces = first.covariance.trace() + second.covariance.trace()
+    return float(difference @ difference + traces - 2 * overlap)
 
 
 def _moments_by_group(features: Tensor, groups: int) -> Sequence[Moments]:

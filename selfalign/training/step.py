@@ -15,6 +15,7 @@ from selfalign.models.sit import SiT
 from selfalign.objective import Losses, Objective
 from selfalign.randomness import make_generator
 from selfalign.training.ema import EMA
+from selfalign.training.memory import keep_freed_memory
 from selfalign.views import draw_views
 
 
@@ -58,6 +59,8 @@ class TrainingStep:
         ema: EMA,
         optimizer: torch.optim.Optimizer,
     ) -> None:
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
         self.config, self.accelerator = config, accelerator
         self.student, self.ema = student, ema
         self._parameters = list(student.parameters())

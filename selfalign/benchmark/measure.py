@@ -17,6 +17,7 @@ from torch import Tensor
 
 from selfalign.benchmark.cost import Linear, linears, step_cost
 from selfalign.config import RunConfig, override
+from selfalign.models.linear import ONEDNN, product
 from selfalign.models.sit import SiT
 from selfalign.training.ema import EMA
 from selfalign.training.loop import make_accelerator
@@ -187,14 +188,14 @@ def measure_limit(
     flops = seconds = 0.0
     for layer in linears(config, batch):
         forward, weight_gradient, input_gradient = _products(layer, device)
-        for count, product in (
+        for count, multiply in (
             (layer.student + layer.teacher, forward),
             (layer.student, weight_gradient),
             (layer.student * layer.input_gradient, input_gradient),
         ):
             if count:
                 flops += count * layer.flops
-                seconds += count * _median_seconds(product, device, repetitions)
+                seconds += count * _median_seconds(multiply, device, repetitions)
     rate = flops / seconds
     memory = _memory_rate(device, cost.parameters, repetitions)
     attention = cost.attention / rate
@@ -231,6 +232,12 @@ def _products(layer: Linear, device: torch.device) -> tuple[Callable[[], Tensor]
     weight = torch.randn(layer.outputs, layer.inputs, device=device)
     bias = torch.randn(layer.outputs, device=device)
     grad = torch.randn(layer.rows, layer.outputs, device=device)
+    if ONEDNN and device.type == "cpu":
+        return (
+            lambda: product(x, weight, bias),
+            lambda: product(grad.t(), x.t()),
+            lambda: product(grad, weight.t()),
+        )
     return lambda: torch.addmm(bias, x, weight.t()), lambda: grad.t() @ x, lambda: grad @ weight
 
 

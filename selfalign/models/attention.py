@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
+from selfalign.models.linear import Linear
 from selfalign.views import TokenGroups
 
 Part = tuple[slice, slice]
@@ -24,11 +25,11 @@ class Attention(nn.Module):
     def __init__(self, hidden_size: int, heads: int, qk_norm: bool = False) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.qkv = Linear(hidden_size, 3 * hidden_size)
         head_size = hidden_size // heads
         self.q_norm = nn.LayerNorm(head_size) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head_size) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj = Linear(hidden_size, hidden_size)
 
     def forward(self, x: Float[Tensor, "B N D"], groups: TokenGroups) -> Float[Tensor, "B N D"]:
         """Attend within the whole sequence, or within each group where `groups` separates them."""

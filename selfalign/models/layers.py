@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from selfalign.models.attention import Attention
+from selfalign.models.linear import Linear, linear
 from selfalign.models.modulation import add_gated, modulate
 from selfalign.views import TokenGroups
 
@@ -22,7 +23,9 @@ class PatchEmbedder(nn.Module):
     def forward(self, tokens: Float[Tensor, "B N P"]) -> Float[Tensor, "B N D"]:
         """(row, column, channel) patches to features."""
         weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)
-        return functional.linear(tokens, weight, self.proj.bias)
+        bias = self.proj.bias
+        assert bias is not None
+        return linear(tokens, weight, bias)
 
 
 class TimestepEmbedder(nn.Module):
@@ -33,9 +36,9 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size: int, frequency_features: int = 256) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(frequency_features, hidden_size),
+            Linear(frequency_features, hidden_size),
             nn.SiLU(),
-            nn.Linear(hidden_size, hidden_size),
+            Linear(hidden_size, hidden_size),
         )
         half = frequency_features // 2
         frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32) / half)
@@ -64,8 +67,8 @@ class Mlp(nn.Module):
 
     def __init__(self, hidden_size: int, ratio: float = 4.0) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(hidden_size, int(hidden_size * ratio))
-        self.fc2 = nn.Linear(int(hidden_size * ratio), hidden_size)
+        self.fc1 = Linear(hidden_size, int(hidden_size * ratio))
+        self.fc2 = Linear(int(hidden_size * ratio), hidden_size)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """Per token."""
@@ -81,7 +84,7 @@ class SiTBlock(nn.Module):
         self.attn = Attention(hidden_size, heads, qk_norm)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(hidden_size)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 6 * hidden_size))
 
     def forward(
         self, x: Float[Tensor, "B N D"], condition: Float[Tensor, "B K D"], groups: TokenGroups
@@ -101,8 +104,8 @@ class FinalLayer(nn.Module):
     def __init__(self, hidden_size: int, patch_values: int) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(hidden_size, patch_values)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.linear = Linear(hidden_size, patch_values)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 2 * hidden_size))
 
     def forward(
         self, x: Float[Tensor, "B N D"], condition: Float[Tensor, "B K D"], groups: TokenGroups
@@ -117,8 +120,8 @@ class ProjectionHead(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.linear1 = nn.Linear(hidden_size, 2 * hidden_size)
-        self.linear2 = nn.Linear(2 * hidden_size, hidden_size)
+        self.linear1 = Linear(hidden_size, 2 * hidden_size)
+        self.linear2 = Linear(2 * hidden_size, hidden_size)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """Per token."""

@@ -15,9 +15,9 @@ install: $(INSTALLED)  ## create the environment in .venv
 
 demo: $(INSTALLED)  ## train the paper's recipe on handwritten digits, sample and evaluate (about 5 minutes)
 	$(BIN)/selfalign train sra-dts-as --out runs/demo --data.name digits --model.size tiny \
-		--training.steps 1200 --training.batch-size 64 --training.learning-rate 1e-3 \
+		--training.steps 1100 --training.batch-size 64 --training.learning-rate 1e-3 \
 		--training.schedule cosine --training.warmup-steps 50 --training.ema-decay 0.995 \
-		--training.sample-every 600 --training.evaluate-every 300
+		--training.sample-every 550 --training.evaluate-every 275
 	$(BIN)/selfalign evaluate runs/demo --num 500 --solver heun --steps 15
 
 test: $(INSTALLED)  ## run the tests (about 5 minutes)

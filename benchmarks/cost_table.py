@@ -9,7 +9,9 @@ RECIPES = ("sit", "sra", "self-flow", "sra-dts-as")
 def table() -> str:
     """The table as Markdown."""
     lines = [
-        "| size | image | tokens | " + " | ".join(f"`{name}`" for name in RECIPES) + " | separation saves |",
+        "| size | image | tokens | "
+        + " | ".join(f"`{name}`" for name in RECIPES)
+        + " | separation saves |",
         "| --- | --- | --- | " + "--- | " * len(RECIPES) + "--- |",
     ]
     for size in ("S/2", "B/2", "L/2", "XL/2"):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
@@ -51,16 +51,15 @@ def start_run(config: RunConfig, folder: Path, progress: Progress) -> TrainingSt
     Raises:
         UserError: settings, data or folder do not allow it; nothing has been written.
     """
-    process = PartialState()
-    with process.main_process_first():  # one process downloads, or finds the files missing
+    accelerator = make_accelerator(config.training, folder)
+    if accelerator.is_main_process:
+        _refuse_used(folder)
+    with accelerator.main_process_first():  # one process downloads, or finds the files missing
         source = open_data(config.data)
     config = resolve(config, source.channels, source.image_size, source.num_classes)
-    if process.is_main_process:
-        _refuse_used(folder)
-    accelerator = make_accelerator(config.training, folder)
-    if process.is_main_process:
+    if accelerator.is_main_process:
         write_config(folder, config, source)
-    process.wait_for_everyone()
+    accelerator.wait_for_everyone()
     return _train(config, source, folder, accelerator, checkpoint=None, progress=progress)
 
 

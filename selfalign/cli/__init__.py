@@ -5,6 +5,8 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
+import torch
+
 from selfalign.cli.bench import bench_command
 from selfalign.cli.console import console
 from selfalign.cli.evaluate import evaluate_command
@@ -26,6 +28,9 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 2 for what a person got wrong, 128+n for signal n."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if "WORLD_SIZE" in os.environ and not torch.accelerator.is_available():
+        # Without this, accelerate takes each of torchrun's processes on CPUs for the only one.
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             console.print("usage: selfalign COMMAND …\n")

@@ -114,6 +114,15 @@ def _config(arguments: BenchArguments, batch_size: int, compiled: bool = False) 
     return resolve(recipe(arguments.recipe, settings), channels, (height, width), 1000)
 
 
+def _what(arguments: BenchArguments) -> dict[str, object]:
+    return {
+        "recipe": arguments.recipe,
+        "model_size": arguments.model.size,
+        "data_shape": list(arguments.data.shape),
+        "batch_size": arguments.batch_size,
+    }
+
+
 def _step(words: Sequence[str]) -> int:
     parsed = parse(
         StepArguments,
@@ -129,10 +138,7 @@ def _step(words: Sequence[str]) -> int:
     _show(
         parsed.json,
         {
-            "recipe": parsed.recipe,
-            "model_size": parsed.model.size,
-            "data_shape": list(parsed.data.shape),
-            "batch_size": parsed.batch_size,
+            **_what(parsed),
             "parameters": cost.parameters,
             "seconds_per_step": timing.median,
             "seconds_per_step_range": [min(timing.seconds), max(timing.seconds)],
@@ -162,10 +168,7 @@ def _sample(words: Sequence[str]) -> int:
     _show(
         parsed.json,
         {
-            "recipe": parsed.recipe,
-            "model_size": parsed.model.size,
-            "data_shape": list(parsed.data.shape),
-            "batch_size": parsed.batch_size,
+            **_what(parsed),
             "solver": parsed.sampling.solver,
             "steps": parsed.sampling.steps,
             "images_per_second": parsed.batch_size / timing.median,
@@ -203,10 +206,7 @@ def _estimate(words: Sequence[str]) -> int:
     _show(
         parsed.json,
         {
-            "recipe": parsed.recipe,
-            "model_size": parsed.model.size,
-            "data_shape": list(parsed.data.shape),
-            "batch_size": parsed.batch_size,
+            **_what(parsed),
             "devices": parsed.devices,
             "parameters": cost.parameters,
             "flops_per_step": cost.flops * parsed.devices,

@@ -263,7 +263,7 @@ def _stop_signals() -> Iterator[list[int]]:
 
 def _agree(accelerator: Accelerator, signals: list[int]) -> int | None:
     """The signal to stop for, if any process was sent one; all processes stop at the same step."""
-    signalled = torch.tensor(signals[0] if signals else 0, device=accelerator.device)
-    if accelerator.num_processes > 1:
-        signalled = accelerator.gather(signalled[None]).max()
-    return int(signalled) or None
+    own = signals[0] if signals else 0
+    if accelerator.num_processes == 1:
+        return own or None
+    return int(accelerator.gather(torch.tensor([own], device=accelerator.device)).max()) or None

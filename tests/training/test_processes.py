@@ -1,0 +1,36 @@
+"""Two processes share every batch and agree on everything."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from selfalign.run import read_config
+from selfalign.training.checkpoint import latest_checkpoint
+from selfalign.training.tracking import read_metrics
+
+OPTIONS = [
+    *("--model.size", "tiny/2", "--training.steps", "4", "--training.batch-size", "16"),
+    *("--training.log-every", "2", "--training.heldout-samples", "20"),
+]
+
+
+def test_two_processes_train_one_run(tmp_path: Path) -> None:
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    command = ["-m", "selfalign.cli", "train", "sra-dts-as", "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*launch, *command, *OPTIONS], capture_output=True, text=True, timeout=180, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [2, 4, 4]  # two of training, one of held-out losses
+    checkpoint = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert json.loads((checkpoint / "state.json").read_text())["step"] == 4
+    assert read_config(tmp_path / "run")[0].training.batch_size == 16

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich.console import RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from selfalign.cli.console import console, parse
 from selfalign.config import RunConfig
@@ -107,14 +109,24 @@ def recipes_command(arguments: Sequence[str]) -> int:
     return 0
 
 
+class _TwoLines(Progress):
+    """A bar, and a line below it, so that both fit a narrow terminal."""
+
+    below = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """What is drawn."""
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.below)
+
+
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[TrainingState, dict[str, float]], None]]:
     """A live bar on a terminal, a line now and then elsewhere; the main process only."""
-    bar = Progress(
+    bar = _TwoLines(
         TextColumn("step"),
         MofNCompleteColumn(),
         BarColumn(bar_width=24),
-        TextColumn("{task.fields[losses]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=False),
@@ -136,8 +148,9 @@ def _progress() -> Iterator[Callable[[TrainingState, dict[str, float]], None]]:
         now = time.perf_counter()
         if not bar.disable:
             if task is None:
-                task = bar.add_task("", total=total, losses="", completed=state.step)
-            bar.update(task, completed=state.step, losses=losses)
+                task = bar.add_task("", total=total, completed=state.step)
+            bar.below = losses
+            bar.update(task, completed=state.step)
         elif now - printed > 10 or state.step == total:
             first_step = first_step or state.step
             done, left = state.step - first_step, total - state.step

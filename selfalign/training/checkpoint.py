@@ -6,7 +6,6 @@ A checkpoint is a folder `checkpoints/step_*/` with `model.safetensors`, `ema.sa
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from selfalign.disk import publish
 from selfalign.errors import UserError
 
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
@@ -61,14 +61,10 @@ def save_checkpoint(
             save_file(_contiguous(ema.state_dict()), partial / "ema.safetensors")
             save_file(_optimizer_tensors(student, optimizer), partial / "optimizer.safetensors")
             (partial / "state.json").write_text(json.dumps({**state, "step": step}, indent=2))
-            for file in FILES:
-                _flush(partial / file)
-            partial.rename(target)
-            _flush(folder)
+            publish(partial, target)
         pointer = folder / ".latest.partial"
         pointer.write_text(target.name + "\n")
-        _flush(pointer)
-        pointer.replace(folder / "latest")
+        publish(pointer, folder / "latest")
     except (OSError, SafetensorError) as error:
         raise UserError(f"checkpoint {target} cannot be written: {error}") from error
     for old in sorted(folder.glob("step_*"))[:-keep]:
@@ -153,12 +149,3 @@ def _load(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
-
-
-def _flush(path: Path) -> None:
-    """Force a file or folder to disk, so that a rename never outlives what it renamed."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

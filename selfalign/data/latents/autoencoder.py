@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from selfalign.data.latents.store import PARTIAL_SUFFIX, publish
+from selfalign.data.latents.store import PARTIAL_SUFFIX
+from selfalign.disk import publish
 from selfalign.errors import UserError
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from selfalign.data.folder import printable
+from selfalign.disk import publish
 from selfalign.errors import UserError
 
 FORMAT = 1
@@ -171,23 +171,6 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-
-
-def publish(partial: Path, path: Path) -> None:
-    """Rename a file, or a folder of files, once all of it is on the disk."""
-    contents = list(partial.iterdir()) if partial.is_dir() else []
-    for written in (*contents, partial):
-        _flush_to_disk(written)
-    partial.replace(path)
-    _flush_to_disk(path.parent)  # the new name, too, has to survive a power failure
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -362,6 +362,8 @@ class DataConfig(_Section):
     """Folder that holds the files, and into which they are downloaded where that is possible."""
     image_size: int = 64
     """Side of the square that a folder's images are cropped and resized to."""
+    train_fraction: float = 1.0
+    """Share of the training images that is used; a smaller share lies within every larger one."""
     flip: bool = False
     """Mirror training images at random, left to right; latents have to be prepared with --flip."""
     workers: int = 0
@@ -370,6 +372,12 @@ class DataConfig(_Section):
     def _check(self) -> None:
         self._number("image_size", 1, math.inf, "a number from 1")
         self._number("workers", 0, math.inf, "a number from 0")
+        _require(
+            0 < self.train_fraction <= 1,
+            "data.train_fraction",
+            self.train_fraction,
+            "allowed is a share above 0, up to 1",
+        )
 
 
 @dataclass(frozen=True)

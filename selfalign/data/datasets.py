@@ -6,7 +6,7 @@ a source's `decode` turns into such images.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -89,6 +89,35 @@ class MemorySplit:
             mirrored = torch.tensor([bool(seed & 1) for seed in seeds])
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         return images, self.labels[chosen]
+
+
+@dataclass(frozen=True)
+class SubsetSplit:
+    """Some images of another split."""
+
+    split: Split
+    chosen: Int[Tensor, "M"]
+    """Their numbers in it."""
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def read(
+        self, indices: Sequence[int], seeds: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `Split.read`."""
+        return self.split.read(self.chosen[torch.as_tensor(indices)].tolist(), seeds)
+
+
+def _train_on_fraction(source: DataSource, fraction: float) -> DataSource:
+    """Keep a share of the training images: the first of an order that never changes."""
+    count = max(1, round(fraction * len(source.train)))
+    order = torch.randperm(len(source.train), generator=torch.Generator().manual_seed(HELDOUT_SEED))
+    return replace(
+        source,
+        train=SubsetSplit(source.train, order[:count].sort().values),
+        fingerprint=f"{source.fingerprint}-{fraction:g}",
+    )
 
 
 def _open_digits(config: DataConfig) -> DataSource:
@@ -193,4 +222,6 @@ def open_data(config: DataConfig) -> DataSource:
     source = _OPENERS[config.name](config)
     if not len(source.train) or not len(source.heldout):
         raise UserError(f"data set {config.name} in {config.root} is empty")
-    return source
+    return (
+        source if config.train_fraction == 1 else _train_on_fraction(source, config.train_fraction)
+    )

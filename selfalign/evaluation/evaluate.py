@@ -241,8 +241,8 @@ def _open(
 def _data_config(config: EvaluationConfig, run: LoadedRun | None) -> DataConfig | None:
     """The data set in play: given, or the run's, or the reference's."""
     given = {k: v for k, v in dataclasses.asdict(config.data).items() if v is not None}
-    if run is not None:
-        return dataclasses.replace(run.config.data, **given)
+    if run is not None:  # all of its data set, whatever share of it the run was trained on
+        return dataclasses.replace(run.config.data, **{"train_fraction": 1.0, **given})
     if "name" not in given and config.reference in DATA_SETS:
         given["name"] = config.reference
     return DataConfig(**given) if "name" in given else None

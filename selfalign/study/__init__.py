@@ -1,0 +1,1 @@
+"""Grids of runs over variants and seeds, their statistics, and the report."""

@@ -1,0 +1,148 @@
+"""What the runs of a study measured, as its statistics and its report read it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from selfalign.study.plan import Study, read_study
+
+RESULT_FILE = "result.json"
+RUNS = "runs"
+"""Folder of the runs, in the study's."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number by which variants are compared."""
+
+    title: str
+    better: Literal["lower", "higher"]
+    explanation: str
+
+
+METRICS: dict[str, Metric] = {
+    "heldout_loss": Metric(
+        "held-out denoising loss",
+        "lower",
+        "mean squared velocity error of the EMA weights on held-out images, the same images, "
+        "timesteps and noise for every run",
+    ),
+    "fd_classifier": Metric(
+        "Fréchet distance",
+        "lower",
+        "between samples and training images, on the features of a small classifier of the data set "
+        "(not FID)",
+    ),
+    "fid": Metric("FID", "lower", "Fréchet distance on Inception's features"),
+    "class_consistency": Metric(
+        "class consistency",
+        "higher",
+        "share of conditional samples that the classifier recognises as their class",
+    ),
+    "linear_probe": Metric(
+        "linear probe",
+        "higher",
+        "held-out accuracy of a linear classifier on the mean token of the teacher's block",
+    ),
+    "generalisation_gap": Metric(
+        "generalisation gap",
+        "lower",
+        "held-out minus training denoising loss, both measured the same way with the EMA weights",
+    ),
+    "training_loss": Metric(
+        "training denoising loss",
+        "lower",
+        "as the held-out loss, on training images",
+    ),
+    "precision": Metric(
+        "precision", "higher", "share of samples inside the training images' balls"
+    ),
+    "recall": Metric("recall", "higher", "share of training images inside the samples' balls"),
+}
+"""In the order in which reports show them; a study has those that its runs measured."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One finished run."""
+
+    variant: str
+    seed: int
+    train_fraction: float
+    """Share of the training images that it was trained on."""
+    folder: str
+    """Of the run, below the study's."""
+    config: dict[str, Any]
+    """The resolved tree."""
+    parameters: int
+    flops_per_step: float
+    seconds_per_step: float
+    """Median over the run's logged steps."""
+    seconds: float
+    """Wall time of training and evaluation, all sittings together."""
+    metrics: dict[str, float]
+    """Final values, by the names of METRICS."""
+    heldout_by_timestep: Sequence[float]
+    """Final held-out loss within ten equal bins of t."""
+    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    """(step, value) while training went on, of heldout_loss and the Fréchet distance."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_result(folder: Path, result: RunResult) -> None:
+    """Write a run's result.json, whole or not at all."""
+    partial = folder / f".{RESULT_FILE}.partial"
+    partial.write_text(json.dumps(asdict(result), indent=1) + "\n")
+    partial.replace(folder / RESULT_FILE)
+
+
+def read_result(folder: Path) -> RunResult | None:
+    """A run's result, or None while there is none."""
+    path = folder / RESULT_FILE
+    return RunResult(**json.loads(path.read_text())) if path.is_file() else None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that ended without a result."""
+
+    name: str
+    message: str
+    """One line."""
+    log: str
+    """Its log file, below the study's folder."""
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """A study and what is known of its runs."""
+
+    study: Study
+    done: tuple[RunResult, ...]
+    failed: tuple[Failure, ...] = ()
+    waiting: tuple[str, ...] = ()
+    """Names of the runs that have neither."""
+
+
+def read_results(folder: Path) -> StudyResults:
+    """What a study's folder holds now, finished or not.
+
+    Raises:
+        UserError: there is no study in it.
+    """
+    study = read_study(folder)
+    done, failed, waiting = [], [], []
+    for job in study.jobs():
+        run = folder / RUNS / job.name
+        if (result := read_result(run)) is not None:
+            done.append(result)
+        elif (failure := run.with_suffix(".failed")).is_file():
+            log = run.with_suffix(".log")
+            failed.append(
+                Failure(job.name, failure.read_text().strip(), str(log.relative_to(folder)))
+            )
+        else:
+            waiting.append(job.name)
+    return StudyResults(study, tuple(done), tuple(failed), tuple(waiting))

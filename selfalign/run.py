@@ -18,7 +18,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 import selfalign
-from selfalign.config import RunConfig, config_from_dict, config_to_dict, override, resolve
+from selfalign.config import (
+    RunConfig,
+    TrainingConfig,
+    config_from_dict,
+    config_to_dict,
+    override,
+    resolve,
+)
 from selfalign.data import DataSource, open_data
 from selfalign.errors import UserError
 from selfalign.models.sit import SiT
@@ -40,13 +47,19 @@ GRID_GUIDANCE = 2.0
 GRID_STEPS = 25
 
 
-def start_run(config: RunConfig, folder: Path, progress: Progress) -> TrainingState:
+def start_run(
+    config: RunConfig,
+    folder: Path,
+    progress: Progress,
+    monitors: Sequence[Monitor] | None = None,
+) -> TrainingState:
     """Train a new run in an empty or missing folder.
 
     Args:
         config: a tree that may leave to the data what the data determines.
         folder: where the run goes.
         progress: told of every logged step.
+        monitors: what is done now and then; None for `default_monitors`.
 
     Raises:
         UserError: settings, data or folder do not allow it; nothing has been written.
@@ -60,11 +73,21 @@ def start_run(config: RunConfig, folder: Path, progress: Progress) -> TrainingSt
     if accelerator.is_main_process:
         write_config(folder, config, source)
     accelerator.wait_for_everyone()
-    return _train(config, source, folder, accelerator, checkpoint=None, progress=progress)
+    return _train(config, source, folder, accelerator, None, progress, monitors)
 
 
-def resume_run(folder: Path, steps: int | None, progress: Progress) -> TrainingState:
+def resume_run(
+    folder: Path,
+    steps: int | None,
+    progress: Progress,
+    monitors: Sequence[Monitor] | None = None,
+) -> TrainingState:
     """Go on with a run from its last checkpoint, perhaps to another last step.
+
+    Args:
+        folder: of the run.
+        steps: the new last step; None keeps it.
+        progress, monitors: as for `start_run`.
 
     Raises:
         UserError: there is no run or checkpoint, the data has changed, or it is finished.
@@ -88,7 +111,16 @@ def resume_run(folder: Path, steps: int | None, progress: Progress) -> TrainingS
     accelerator = make_accelerator(config.training, folder)
     if accelerator.is_main_process:
         write_config(folder, config, source)
-    return _train(config, source, folder, accelerator, checkpoint=checkpoint, progress=progress)
+    return _train(config, source, folder, accelerator, checkpoint, progress, monitors)
+
+
+def default_monitors(training: TrainingConfig) -> Sequence[Monitor]:
+    """Held-out losses, sample grids and curves, as often as the settings say."""
+    return (
+        HeldOutMonitor(training.evaluate_every),
+        GridMonitor(training.sample_every),
+        CurvesMonitor(training.evaluate_every),
+    )
 
 
 def _refuse_used(folder: Path) -> None:
@@ -106,22 +138,17 @@ def _train(
     source: DataSource,
     folder: Path,
     accelerator: Accelerator,
-    *,
     checkpoint: Path | None,
     progress: Progress,
+    monitors: Sequence[Monitor] | None,
 ) -> TrainingState:
-    monitors: Sequence[Monitor] = (
-        HeldOutMonitor(config.training.evaluate_every),
-        GridMonitor(config.training.sample_every),
-        CurvesMonitor(config.training.evaluate_every),
-    )
     return train(
         config,
         source,
         folder,
         accelerator,
         checkpoint=checkpoint,
-        monitors=monitors,
+        monitors=default_monitors(config.training) if monitors is None else monitors,
         progress=progress,
     )
 

@@ -12,6 +12,7 @@ from selfalign.cli.console import console
 from selfalign.cli.evaluate import evaluate_command
 from selfalign.cli.prepare import prepare_command
 from selfalign.cli.sample import sample_command
+from selfalign.cli.study import study_command
 from selfalign.cli.train import recipes_command, train_command
 from selfalign.errors import UserError
 
@@ -20,6 +21,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "sample": (sample_command, "sample from a run"),
     "evaluate": (evaluate_command, "measure a run or a set of samples"),
     "prepare": (prepare_command, "encode a data set once, into files that training reads fast"),
+    "study": (study_command, "run a grid of variants and seeds, and report on it"),
     "bench": (bench_command, "measure or estimate what a step or a sample costs"),
     "recipes": (recipes_command, "list the recipes and what sets them apart"),
 }

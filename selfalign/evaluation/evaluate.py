@@ -154,6 +154,7 @@ def evaluate(
     sampling: SamplingConfig,
     accelerator: Accelerator,
     progress: Progress = lambda what, done, total: None,
+    run: LoadedRun | None = None,
 ) -> Evaluation | None:
     """Evaluate a run, or a set of samples; writes evaluation.json and evaluation.png.
 
@@ -163,6 +164,7 @@ def evaluate(
         sampling: how a run is sampled.
         accelerator: processes and device.
         progress: told of long work.
+        run: the subject, where it is a run that is loaded already.
 
     Returns:
         What was measured, in the main process; None in the others, which only share the work.
@@ -170,7 +172,7 @@ def evaluate(
     Raises:
         UserError: inputs that are missing, damaged, or do not fit together or the metrics.
     """
-    setting = _open(subject, config, accelerator, progress)
+    setting = _open(subject, config, accelerator, progress, run)
     reference, heldout = _reference(setting)
     samples, folder, made = _samples(setting, sampling, reference)
     chosen = _choose_metrics(setting, samples, reference, heldout)
@@ -214,11 +216,19 @@ def evaluate(
     return evaluation
 
 
+def default_features(data: DataConfig | None) -> str:
+    """The feature network where none is named."""
+    return "classifier" if data is not None and data.name in SMALL_DATA else "inception"
+
+
 def _open(
-    subject: Path, config: EvaluationConfig, accelerator: Accelerator, progress: Progress
+    subject: Path,
+    config: EvaluationConfig,
+    accelerator: Accelerator,
+    progress: Progress,
+    run: LoadedRun | None,
 ) -> _Setting:
-    run = None
-    if (subject / "config.json").is_file():
+    if run is None and (subject / "config.json").is_file():
         run = load_run(subject, config.weights, accelerator.device)
     elif not subject.exists():
         raise UserError(
@@ -229,9 +239,7 @@ def _open(
         raise UserError(
             f"--reference is left out: needed is one of {', '.join(DATA_SETS)}, a .npz or a folder"
         )
-    name = config.features or (
-        "classifier" if data is not None and data.name in SMALL_DATA else "inception"
-    )
+    name = config.features or default_features(data)
     with accelerator.main_process_first():  # what is downloaded or trained, one process does
         source = None if data is None else open_data(data)
         network = feature_network(name, source, data.name if data else "")

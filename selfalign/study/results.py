@@ -9,6 +9,7 @@ from typing import Any, Literal
 from selfalign.study.plan import Study, read_study
 
 RESULT_FILE = "result.json"
+FAILED_SUFFIX = ".failed"
 RUNS = "runs"
 """Folder of the runs, in the study's."""
 
@@ -35,7 +36,14 @@ METRICS: dict[str, Metric] = {
         "between samples and training images, on the features of a small classifier of the data set "
         "(not FID)",
     ),
+    "fd_dinov2": Metric(
+        "Fréchet distance, DINOv2",
+        "lower",
+        "between samples and training images, on DINOv2's features",
+    ),
     "fid": Metric("FID", "lower", "Fréchet distance on Inception's features"),
+    "sfid": Metric("sFID", "lower", "Fréchet distance on Inception's spatial features"),
+    "inception_score": Metric("Inception Score", "higher", "of samples, as the ADM suite has it"),
     "class_consistency": Metric(
         "class consistency",
         "higher",
@@ -63,6 +71,9 @@ METRICS: dict[str, Metric] = {
 }
 """In the order in which reports show them; a study has those that its runs measured."""
 
+DISTANCES = ("fd_classifier", "fd_dinov2", "fid")
+"""Fréchet distances, which are measured on the way too."""
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -81,7 +92,7 @@ class RunResult:
     seconds_per_step: float
     """Median over the run's logged steps."""
     seconds: float
-    """Wall time of training and evaluation, all sittings together."""
+    """Of training, over all sittings, without what was measured on the way."""
     metrics: dict[str, float]
     """Final values, by the names of METRICS."""
     heldout_by_timestep: Sequence[float]
@@ -138,7 +149,7 @@ def read_results(folder: Path) -> StudyResults:
         run = folder / RUNS / job.name
         if (result := read_result(run)) is not None:
             done.append(result)
-        elif (failure := run.with_suffix(".failed")).is_file():
+        elif (failure := run.with_suffix(FAILED_SUFFIX)).is_file():
             log = run.with_suffix(".log")
             failed.append(
                 Failure(job.name, failure.read_text().strip(), str(log.relative_to(folder)))

@@ -213,18 +213,24 @@ def _save(state: TrainingState) -> None:
 
 
 def _visit(state: TrainingState, monitors: Sequence[Monitor]) -> None:
-    """Checkpoint and call monitors where their step has come."""
+    """Call monitors and checkpoint where their step has come.
+
+    The checkpoint comes last: a run that is killed in between repeats what its monitors had not
+    finished, and leaves no gap in the curves. One that fails does not cost the checkpoint.
+    """
     training = state.config.training
     finished = state.step == training.steps
 
     def due(every: int) -> bool:
         return finished or (every > 0 and state.step % every == 0)
 
-    if due(training.checkpoint_every):
-        _save(state)
-    for monitor in monitors:
-        if due(monitor.every) and state.accelerator.is_main_process:
-            monitor(state)
+    try:
+        for monitor in monitors:
+            if due(monitor.every) and state.accelerator.is_main_process:
+                monitor(state)
+    finally:
+        if due(training.checkpoint_every):
+            _save(state)
 
 
 def _values(accelerator: Accelerator, losses: list[Losses], norm: torch.Tensor) -> dict[str, float]:

@@ -1,0 +1,254 @@
+"""`selfalign study`."""
+
+import argparse
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from selfalign.cli.console import console, parse
+from selfalign.config import (
+    DataConfig,
+    FlowConfig,
+    RunConfig,
+    TrainingConfig,
+    override,
+)
+from selfalign.data import open_data
+from selfalign.errors import UserError
+from selfalign.models.sizes import PATCH_SIZES
+from selfalign.study.grid import load_grid
+from selfalign.study.launch import LaunchConfig, Status, launch
+from selfalign.study.paper import PAPER
+from selfalign.study.plan import Measurement, Study, write_study
+from selfalign.study.profiles import PROFILES, Profile
+from selfalign.study.report import write_report
+
+
+@dataclass(frozen=True)
+class StudyData:
+    """The data set; with several train fractions, the whole grid is run on each."""
+
+    name: Literal["digits", "mnist", "fashion-mnist", "cifar10", "folder", "latents"] = "digits"
+    """Which data set, as for `selfalign train`."""
+    root: str = DataConfig.root
+    """Folder that holds the files."""
+    image_size: int = DataConfig.image_size
+    """Side of the square that a folder's images are cropped and resized to."""
+    train_fraction: tuple[float, ...] = (1.0,)
+    """Shares of the training images, as in 0.125 0.25 0.5 1."""
+    flip: bool = DataConfig.flip
+    """Mirror training images at random."""
+    workers: int = DataConfig.workers
+    """Processes of each run that read the data."""
+
+
+@dataclass(frozen=True)
+class StudyModel:
+    """The transformer of all runs."""
+
+    size: str | None = None
+    """Size and patch; left out: tiny, with as many tokens as the profile allows."""
+    qk_norm: bool = False
+    """Normalise queries and keys per head."""
+
+
+@dataclass(frozen=True)
+class StudyArguments:
+    """Run a grid of variants × seeds and report on it."""
+
+    out: Path
+    """Folder of the study: new, or that of the same study, which then goes on."""
+    profile: Literal["smoke", "laptop", "full"] = "laptop"
+    """Budget from which the settings below take their defaults."""
+    seeds: int = 3
+    """How many seeds; variants are compared within each."""
+    launch: Annotated[LaunchConfig, tyro.conf.arg(name="")] = field(default_factory=LaunchConfig)
+    data: StudyData = field(default_factory=StudyData)
+    model: StudyModel = field(default_factory=StudyModel)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    measurement: Measurement = field(default_factory=Measurement)
+
+
+def study_command(arguments: Sequence[str]) -> int:
+    """`selfalign study`."""
+    usage = (
+        "usage: selfalign study paper|GRID.yaml|GRID.py --out DIR [--profile smoke|laptop|full]\n"
+        "       selfalign study report DIR\n\n"
+        "Runs every variant of a grid with several seeds, and writes DIR/report.html. Stopped, it goes "
+        "on with the same command.\n"
+        "every setting: selfalign study paper --help\n"
+        "example: selfalign study paper --data.name digits --profile laptop --out studies/digits\n\n"
+        "profiles: "
+    )
+    if not arguments or arguments[0] in ("-h", "--help"):
+        listed = "; ".join(f"{name}, {entry.summary}" for name, entry in PROFILES.items())
+        console.print(usage + listed)
+        return 0
+    if arguments[0].startswith("-"):
+        raise UserError(
+            f"the grid comes first, not {arguments[0]}: selfalign study paper --out DIR"
+        )
+    if arguments[0] == "report":
+        return _report(arguments[1:])
+    grid = PAPER if arguments[0] == "paper" else load_grid(Path(arguments[0]))
+    profile = _profile(arguments)
+    parsed = parse(
+        StudyArguments,
+        arguments[1:],
+        f"selfalign study {arguments[0]}",
+        "Run a grid of variants and seeds, and report on it. Example: selfalign study paper "
+        "--data.name digits --profile laptop --out studies/digits",
+        **_defaults(profile),
+    )
+    if parsed.seeds < 1:
+        raise UserError(f"--seeds is {parsed.seeds}: allowed is a number from 1")
+    study = Study(
+        grid=grid,
+        settings=_settings(parsed, PROFILES[parsed.profile]),
+        seeds=tuple(range(parsed.seeds)),
+        train_fractions=parsed.data.train_fraction,
+        measurement=parsed.measurement,
+        profile=parsed.profile,
+    )
+    study.check()
+    write_study(parsed.out, study)
+    with _overview() as show, _terminated():
+        for status in launch(parsed.out, parsed.launch):
+            show(status)
+    report = write_report(parsed.out)
+    console.print(f"{status.done} of {status.total} runs done: {report}")
+    for name in status.failed:
+        console.print(f"failed: {name} (why: {parsed.out / 'runs' / name}.log)")
+    return 1 if status.failed else 0
+
+
+def _report(arguments: Sequence[str]) -> int:
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise UserError("selfalign study report takes the folder of a study")
+    console.print(str(write_report(Path(arguments[0]))))
+    return 0
+
+
+def _profile(arguments: Sequence[str]) -> str:
+    """The profile among the arguments, whose settings are the other options' defaults."""
+    scan = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    scan.add_argument("--profile", default="laptop")
+    try:
+        found = scan.parse_known_args(list(arguments))[0].profile
+    except argparse.ArgumentError:
+        found = "laptop"  # what is wrong with the option, the real parser says
+    return found if found in PROFILES else "laptop"
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    profile = PROFILES[name]
+    base = override(RunConfig(), profile.settings)
+    return {
+        "profile": name,
+        "seeds": profile.seeds,
+        "launch": LaunchConfig(),
+        "data": StudyData(
+            base.data.name,
+            base.data.root,
+            base.data.image_size,
+            (1.0,),
+            base.data.flip,
+            base.data.workers,
+        ),
+        "model": StudyModel(profile.settings.get("model.size"), base.model.qk_norm),
+        "flow": base.flow,
+        "training": base.training,
+        "measurement": profile.measurement,
+    }
+
+
+def _settings(parsed: StudyArguments, profile: Profile) -> Mapping[str, Any]:
+    """What all runs share, by dotted name: the profile's settings, and the command line's over them."""
+    settings = dict(profile.settings)
+    for section, values in asdict(parsed).items():
+        if section in ("data", "flow", "model", "training"):
+            settings.update({f"{section}.{name}": value for name, value in values.items()})
+    del settings["data.train_fraction"]
+    if parsed.model.size is None:
+        settings["model.size"] = _smallest_patch(settings, profile)
+    return settings
+
+
+def _smallest_patch(settings: Mapping[str, Any], profile: Profile) -> str:
+    names = {name: value for name, value in settings.items() if name.startswith("data.")}
+    height, width = open_data(override(RunConfig(), names).data).image_size
+    for patch in PATCH_SIZES:
+        fits = height % patch == width % patch == 0
+        if fits and height * width <= (profile.max_tokens or 0) * patch**2:
+            return f"tiny/{patch}"
+    raise UserError(
+        f"--model.size is left out: no patch cuts {height}×{width} into at most {profile.max_tokens} "
+        "tokens; give a size, as in tiny/8"
+    )
+
+
+@contextmanager
+def _overview() -> Iterator[Any]:
+    """A live table on a terminal, a line now and then elsewhere."""
+    begun, printed = time.perf_counter(), 0.0
+
+    def left(status: Status) -> str:
+        rest = status.total - status.done - len(status.failed)
+        rest_of_running = sum(step / steps for step, steps in status.running.values())
+        if status.finished < 0.05:
+            return "…"
+        seconds = (time.perf_counter() - begun) / status.finished * max(0.0, rest - rest_of_running)
+        return f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
+
+    def summary(status: Status) -> str:
+        waiting = status.total - status.done - len(status.failed) - len(status.running)
+        return (
+            f"{status.done} of {status.total} runs done, {len(status.running)} running, "
+            f"{waiting} waiting, {len(status.failed)} failed, {left(status)} left"
+        )
+
+    def table(status: Status) -> Table:
+        grid = Table(box=None, show_header=False)
+        grid.add_row(summary(status), ProgressBar(status.total, status.done, width=24))
+        for name, (step, steps) in status.running.items():
+            grid.add_row(f"  {name}", ProgressBar(steps, step, width=24), f"{step}/{steps}")
+        for name in status.failed:
+            grid.add_row(f"  {name}", "failed")
+        return grid
+
+    with Live(console=console, transient=True) as live:
+
+        def show(status: Status) -> None:
+            nonlocal printed
+            if console.is_terminal:
+                live.update(table(status))
+            elif time.perf_counter() - printed > 30:
+                console.print(summary(status))
+                printed = time.perf_counter()
+
+        yield show
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """Take SIGTERM for what Ctrl-C is, so that it stops the runs as well."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

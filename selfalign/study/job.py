@@ -1,0 +1,218 @@
+"""One run of a study: trained or gone on with, measured, and its result written.
+
+`python -m selfalign.study.job STUDY NAME` is what launchers start.
+"""
+
+import json
+import os
+import platform
+import shutil
+import signal
+import statistics
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from filelock import FileLock
+
+import selfalign
+from selfalign.benchmark.cost import step_cost
+from selfalign.data import open_data
+from selfalign.errors import UserError
+from selfalign.evaluation.cache import write_whole
+from selfalign.evaluation.evaluate import EvaluationConfig, MetricName, default_features, evaluate
+from selfalign.evaluation.report import Evaluation
+from selfalign.inspect.probes import linear_probe
+from selfalign.run import CurvesMonitor, HeldOutMonitor, LoadedRun, load_run, resume_run, start_run
+from selfalign.study.plan import Job, Measurement, read_study
+from selfalign.study.results import (
+    DISTANCES,
+    FAILED_SUFFIX,
+    METRICS,
+    RUNS,
+    RunResult,
+    read_result,
+    write_result,
+)
+from selfalign.training.checkpoint import latest_checkpoint, load_state
+from selfalign.training.heldout import heldout_loss
+from selfalign.training.loop import TrainingState
+from selfalign.training.tracking import read_metrics
+
+
+def run_job(study_folder: Path, name: str, parent: int | None = None) -> RunResult | None:
+    """Bring one run of a study to its result, from wherever it stands.
+
+    Args:
+        study_folder: where study.json is.
+        name: of the job.
+        parent: the process that started this one; when it is gone, the run stops at a checkpoint.
+
+    Returns:
+        The result; None if the run was stopped on the way, and can be gone on with.
+
+    Raises:
+        UserError: no such job, or what the run raised.
+    """
+    study = read_study(study_folder)
+    job = next((job for job in study.jobs() if job.name == name), None)
+    if job is None:
+        raise UserError(f"{study_folder} has no run {name!r}")
+    folder = study_folder / RUNS / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A study that was killed may have left this very run behind, still stopping.
+    with FileLock(folder.with_suffix(".lock")):
+        if (result := read_result(folder)) is not None:
+            return result
+        if not _train(job, folder, study.measurement, parent):
+            return None
+        result = _measure(job, folder, study.measurement)
+        write_result(folder, result)
+        return result
+
+
+@dataclass(frozen=True)
+class EvaluationMonitor:
+    """Evaluates samples on the way, as the end of the run does."""
+
+    every: int
+    measurement: Measurement
+
+    def __call__(self, state: TrainingState) -> None:
+        """Write the Fréchet distance to the metrics; the last step is left to the end of the run."""
+        if state.metrics is None or state.step == state.config.training.steps:
+            return
+        run = LoadedRun(state.folder, state.config, state.ema.model, state.step)
+        evaluation = _evaluate(run, self.measurement, ("fd", "fid"), state.accelerator)
+        distances = {k: v.value for k, v in evaluation.metrics.items() if k in DISTANCES}
+        state.metrics.write(state.step, distances)
+
+
+def _train(job: Job, folder: Path, measurement: Measurement, parent: int | None) -> bool:
+    """Train to the last step. False if the run was stopped before."""
+
+    def progress(state: TrainingState, values: dict[str, float]) -> None:
+        if parent is not None and os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)  # which the loop answers with a checkpoint
+
+    every = job.config.training.evaluate_every
+    # No grids of their own: the samples of all runs are evaluated, and the report shows them.
+    monitors = (
+        HeldOutMonitor(every),
+        EvaluationMonitor(every, measurement),
+        CurvesMonitor(every=0),
+    )
+    if (folder / "checkpoints" / "latest").is_file():
+        if (
+            load_state(latest_checkpoint(folder / "checkpoints"))["step"]
+            >= job.config.training.steps
+        ):
+            return True
+        state = resume_run(folder, None, progress, monitors)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)  # nothing in it could be gone on with
+        state = start_run(job.config, folder, progress, monitors)
+    return state.step == job.config.training.steps
+
+
+def _evaluate(
+    run: LoadedRun,
+    measurement: Measurement,
+    wanted: tuple[MetricName, ...],
+    accelerator: Accelerator,
+) -> Evaluation:
+    features = measurement.features or default_features(run.config.data)
+    impossible = {"fd"} if features == "inception" else {"fid", "sfid", "is"}
+    if features != "classifier":
+        impossible.add("consistency")
+    evaluation = evaluate(
+        run.folder,
+        EvaluationConfig(
+            num=measurement.num,
+            features=features,
+            metrics=tuple(name for name in wanted if name not in impossible),
+        ),
+        measurement.sampling,
+        accelerator,
+        run=run,
+    )
+    assert evaluation is not None, "a study's runs are of one process"
+    return evaluation
+
+
+def _measure(job: Job, folder: Path, measurement: Measurement) -> RunResult:
+    accelerator = Accelerator()
+    run = load_run(folder, device=accelerator.device)
+    source = open_data(run.config.data)
+    training, path = run.config.training, run.config.flow.path
+    evaluation = _evaluate(
+        run,
+        measurement,
+        ("fd", "fid", "sfid", "is", "precision-recall", "consistency"),
+        accelerator,
+    )
+    lines = read_metrics(folder)
+    last = next(line for line in reversed(lines) if "heldout_ema" in line)
+    on_training = heldout_loss(run.model, source.train, path, training.heldout_samples).overall
+    metrics = {
+        "heldout_loss": last["heldout_ema"],
+        "training_loss": on_training,
+        "generalisation_gap": last["heldout_ema"] - on_training,
+        **{k: v.value for k, v in evaluation.metrics.items() if k in METRICS},
+    }
+    if source.num_classes >= 2:
+        assert run.config.alignment.teacher_block is not None
+        metrics["linear_probe"] = linear_probe(
+            run.model, source, path, run.config.alignment.teacher_block
+        )
+    curves = {"heldout_loss": [(x["step"], x["heldout_ema"]) for x in lines if "heldout_ema" in x]}
+    for name in DISTANCES:
+        if name in metrics:
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            curves[name] = [*points, (run.step, metrics[name])]
+    cost = step_cost(run.config, training.batch_size)
+    seconds = [training.batch_size / x["samples_per_second"] for x in lines if "loss" in x]
+    return RunResult(
+        variant=job.variant,
+        seed=job.seed,
+        train_fraction=job.train_fraction,
+        folder=f"{RUNS}/{job.name}",
+        config=json.loads((folder / "config.json").read_text())["config"],
+        parameters=cost.parameters,
+        flops_per_step=cost.flops,
+        seconds_per_step=statistics.median(seconds),
+        seconds=sum(seconds) / len(seconds) * run.step,
+        metrics=metrics,
+        heldout_by_timestep=last["heldout_ema_by_timestep"],
+        curves=curves,
+        versions={
+            "selfalign": selfalign.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "device": f"{accelerator.device}, {torch.get_num_threads()} threads",
+        },
+    )
+
+
+def main() -> int:
+    """Run a job in this process: 0 is done, 2 failed, 128+n stopped by signal n."""
+    study_folder, name = Path(sys.argv[1]), sys.argv[2]
+    mark = (study_folder / RUNS / name).with_suffix(FAILED_SUFFIX)
+    try:
+        result = run_job(study_folder, name, parent=os.getppid())
+    except Exception as error:  # noqa: BLE001 – whatever it is, the study reports it and goes on
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        message = " ".join(str(error).split())
+        line = message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"
+        print(f"selfalign: error: {line}", file=sys.stderr)
+        write_whole(mark, lambda path: path.write_text(f"{line}\n"))
+        return 2
+    return 0 if result is not None else 128 + signal.SIGTERM
+
+
+if __name__ == "__main__":
+    sys.exit(main())

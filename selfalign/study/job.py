@@ -197,19 +197,22 @@ def _measure(job: Job, folder: Path, measurement: Measurement) -> RunResult:
     )
 
 
+def mark_failed(study_folder: Path, name: str, error: Exception) -> None:
+    """Leave one line beside the run's folder that says why it has no result."""
+    message = " ".join(str(error).split())
+    line = message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"
+    mark = (study_folder / RUNS / name).with_suffix(FAILED_SUFFIX)
+    write_whole(mark, lambda path: path.write_text(f"{line}\n"))
+
+
 def main() -> int:
     """Run a job in this process: 0 is done, 2 failed, 128+n stopped by signal n."""
     study_folder, name = Path(sys.argv[1]), sys.argv[2]
-    mark = (study_folder / RUNS / name).with_suffix(FAILED_SUFFIX)
     try:
         result = run_job(study_folder, name, parent=os.getppid())
     except Exception as error:  # noqa: BLE001 – whatever it is, the study reports it and goes on
-        if not isinstance(error, UserError):
-            traceback.print_exc()
-        message = " ".join(str(error).split())
-        line = message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"
-        print(f"selfalign: error: {line}", file=sys.stderr)
-        write_whole(mark, lambda path: path.write_text(f"{line}\n"))
+        traceback.print_exc()
+        mark_failed(study_folder, name, error)
         return 2
     return 0 if result is not None else 128 + signal.SIGTERM
 

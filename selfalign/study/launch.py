@@ -16,7 +16,7 @@ import torch
 
 from selfalign.errors import UserError
 from selfalign.evaluation.cache import write_whole
-from selfalign.study.job import run_job
+from selfalign.study.job import mark_failed, run_job
 from selfalign.study.plan import Job, read_study
 from selfalign.study.results import FAILED_SUFFIX, RUNS, read_result
 from selfalign.training.tracking import read_metrics
@@ -219,13 +219,10 @@ class ClusterJob:
 
     def __call__(self) -> None:
         """Run the job; a failure leaves its mark, and the cluster's log its traceback."""
-        mark = (self.folder / RUNS / self.name).with_suffix(FAILED_SUFFIX)
         try:
             run_job(self.folder, self.name)
         except Exception as error:
-            message = " ".join(str(error).split())
-            line = message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"
-            write_whole(mark, lambda path: path.write_text(f"{line}\n"))
+            mark_failed(self.folder, self.name, error)
             raise
 
     def checkpoint(self) -> Any:
@@ -270,8 +267,10 @@ class ClusterLauncher:
             self._executor.update_parameters(slurm_partition=config.partition)
         self._record = self._logs / "submitted.json"
         known = json.loads(self._record.read_text()) if self._record.is_file() else {}
-        job_class = self._executor.job_class
-        self._jobs = {name: job_class(folder=self._logs, job_id=id_) for name, id_ in known.items()}
+        job_class = submitit.SlurmJob if cluster == "slurm" else submitit.LocalJob
+        self._jobs: dict[str, Any] = {
+            name: job_class(folder=self._logs, job_id=id_) for name, id_ in known.items()
+        }
 
     def submit(self, job: Job) -> None:
         """Queue a job, unless one of an earlier sitting is still queued or under way."""

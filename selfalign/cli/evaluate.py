@@ -62,7 +62,8 @@ def _print_evaluation(evaluation: Evaluation) -> None:
         value = f"{estimate.value:.4g} ± {estimate.standard_error:.2g}"
         table.add_row(name, value, fresh, aim(name))
     for weights, loss in evaluation.denoising.items():
-        table.add_row(f"held-out denoising loss, {weights}", f"{loss.overall:.4f}", "–", "lower")
+        value = f"{loss.overall:.4f} ± {loss.standard_error:.2g}"
+        table.add_row(f"held-out denoising loss, {weights}", value, "–", "lower")
     console.print(table)
     features = settings["features"]
     if "heldout_accuracy" in features:

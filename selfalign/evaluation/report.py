@@ -115,7 +115,15 @@ def draw_evaluation(
     if denoising:
         for name, loss in denoising.items():
             centres = [(k + 0.5) / len(loss.by_timestep) for k in range(len(loss.by_timestep))]
-            axes[-1].plot(centres, loss.by_timestep, marker="o", markersize=3, label=name)
+            axes[-1].errorbar(
+                centres,
+                loss.by_timestep,
+                yerr=loss.by_timestep_standard_errors,
+                marker="o",
+                markersize=3,
+                capsize=2,
+                label=f"{name} {loss.overall:.4f} ± {loss.standard_error:.2g}",
+            )
         axes[-1].set_title("held-out denoising loss", fontsize=8)
         axes[-1].set_xlabel("t (1 is noise)", fontsize=8)
         axes[-1].legend(fontsize=7)

@@ -122,9 +122,10 @@ def draw_evaluation(
                 marker="o",
                 markersize=3,
                 capsize=2,
-                label=f"{name} {loss.overall:.4f} ± {loss.standard_error:.2g}",
+                label=name,
             )
-        axes[-1].set_title("held-out denoising loss", fontsize=8)
+        values = [f"{k} {v.overall:.4f} ± {v.standard_error:.2g}" for k, v in denoising.items()]
+        axes[-1].set_title("\n".join(["held-out denoising loss", *values]), fontsize=7)
         axes[-1].set_xlabel("t (1 is noise)", fontsize=8)
         axes[-1].legend(fontsize=7)
         axes[-1].tick_params(labelsize=7)
@@ -148,6 +149,8 @@ def _draw_bars(axis: Axes, name: str, estimate: Estimate, baseline: Estimate | N
     )
     if name in SHARES:
         axis.set_ylim(0, 1)
+    if aim(name) not in ("higher", "lower"):
+        axis.axhline(float(aim(name)), color="0.4", linestyle="--", linewidth=1)
     axis.tick_params(labelsize=7)
 
 

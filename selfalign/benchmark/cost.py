@@ -7,7 +7,7 @@ is left to the measurements. A backward pass computes two products for each of t
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from selfalign.config import RunConfig, group_sizes
+from selfalign.config import RunConfig, group_sizes, whole_images
 
 FLOAT_BYTES = 4
 UPDATE_BYTES_PER_PARAMETER = {
@@ -106,7 +106,7 @@ def linears(config: RunConfig, batch_size: int) -> Iterator[Linear]:
 def attention_parts(config: RunConfig, batch_size: int) -> tuple[list[int], list[int]]:
     """Lengths of the sequences that attend among themselves, of student and teacher, in one block."""
     tokens = config.model.num_tokens
-    whole = round(config.views.whole_image_fraction * batch_size)
+    whole = whole_images(config.views.whole_image_fraction, batch_size)
     everything = [tokens] * batch_size
     if config.views.attention == "full":
         return everything, everything

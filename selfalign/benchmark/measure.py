@@ -17,7 +17,7 @@ from torch import Tensor
 
 from selfalign.benchmark.cost import Linear, linears, step_cost
 from selfalign.config import RunConfig, override
-from selfalign.models.linear import ONEDNN, product
+from selfalign.models.linear import ONEDNN, product, weight_gradient
 from selfalign.models.sit import SiT
 from selfalign.training.ema import EMA
 from selfalign.training.loop import make_accelerator
@@ -235,7 +235,7 @@ def _products(layer: Linear, device: torch.device) -> tuple[Callable[[], Tensor]
     if ONEDNN and device.type == "cpu":
         return (
             lambda: product(x, weight, bias),
-            lambda: product(grad.t(), x.t()),
+            lambda: weight_gradient(grad, x),
             lambda: product(grad, weight.t()),
         )
     return lambda: torch.addmm(bias, x, weight.t()), lambda: grad.t() @ x, lambda: grad @ weight

@@ -38,6 +38,14 @@ class Limit:
 
 
 @dataclass(frozen=True)
+class PassLimit:
+    """The least time of one forward pass: its operations at the rate of its products alone."""
+
+    flops: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class StepTiming:
     """Seconds of a step over repetitions, and of its parts."""
 
@@ -204,8 +212,8 @@ def measure_limit(
 
 def measure_pass_limit(
     config: RunConfig, batch_size: int, device: torch.device | str = "cpu", repetitions: int = 9
-) -> float:
-    """The least seconds of one sampling pass of whole images: its products, and attention.
+) -> PassLimit:
+    """Measure the limit of one sampling pass of whole images: its products, and attention.
 
     Args:
         config: a resolved tree.
@@ -217,13 +225,13 @@ def measure_pass_limit(
     plain = override(config, {"alignment.target": "none", "alignment.teacher_groups": False})
     whole = {"views.timesteps": "single", "views.attention": "full", "views.mask_ratios": (1.0,)}
     config = override(plain, {**whole, "views.whole_image_fraction": 0.0})
-    flops = seconds = 0.0
+    products = seconds = 0.0
     for layer in linears(config, batch_size):
         forward, _, _ = _products(layer, device)
-        flops += layer.student * layer.flops
+        products += layer.student * layer.flops
         seconds += layer.student * _median_seconds(forward, device, repetitions)
-    attention = step_cost(config, batch_size).student_forward - flops
-    return seconds + attention * seconds / flops
+    flops = step_cost(config, batch_size).student_forward
+    return PassLimit(flops, flops * seconds / products)
 
 
 def _products(layer: Linear, device: torch.device) -> tuple[Callable[[], Tensor], ...]:

@@ -72,8 +72,12 @@ def _(a: Tensor, b: Tensor, bias: Tensor | None, activation: str) -> Tensor:
 
 
 def weight_gradient(grad: Float[Tensor, "M N"], x: Float[Tensor, "M K"]) -> Float[Tensor, "N K"]:
-    """gradᵀ·x. `product` copies one of the two to transpose it: the narrower one."""
-    if grad.shape[1] <= x.shape[1]:
+    """gradᵀ·x, or the transpose of xᵀ·grad: whichever way transposes fewer numbers.
+
+    `product` transposes its first matrix, and autograd copies a transposed gradient once more.
+    """
+    (rows, outputs), inputs = grad.shape, x.shape[1]
+    if rows * outputs <= (rows + outputs) * inputs:
         return product(grad.t(), x.t())
     return product(x.t(), grad.t()).t()
 

@@ -80,7 +80,7 @@ class EstimateArguments(BenchArguments):
     device_bandwidth: float = 25.0
     """Rate of one device's memory, in 10^9 bytes per second."""
     efficiency: float = 0.9
-    """Share of its limit that a step reaches; `bench step` measures it."""
+    """Predicted over measured time: stands for all that the model leaves out (benchmarks/step.md)."""
 
 
 def bench_command(arguments: Sequence[str]) -> int:

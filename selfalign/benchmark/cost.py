@@ -16,6 +16,12 @@ UPDATE_BYTES_PER_PARAMETER = {
     "AdamW": 7 * FLOAT_BYTES,  # weight, gradient, two moments read; all but the gradient written
     "EMA": 3 * FLOAT_BYTES,  # weight and average read, average written
 }
+# Features of one token that a block reads and writes, besides products and attention. Forward: two norms
+# (2 each), two modulations (2 each), two gates (3 each), GELU over the hidden layer (8). Backward: two
+# gates (5 each), GELU (12), two modulations (7 each), two norms (3 each), two sums at the residual
+# branches (3 each), q, k, v put together (6), bias gradients (9).
+BLOCK_PASSES_FORWARD = 22
+BLOCK_PASSES_BACKWARD = 63
 ATTENTION_BACKWARD = 2.5
 """Products in the backward pass of fused attention, which recomputes QKᵀ, per forward product."""
 
@@ -55,6 +61,8 @@ class Cost:
     """Operations of the backward pass."""
     attention: float
     """Of all of these, the operations of attention itself."""
+    elementwise_bytes: int
+    """Bytes moved between the products: norms, modulation, gates, GELU and their gradients."""
     update_bytes: int
     """Bytes moved by clipping, optimizer and EMA."""
     state_bytes: int
@@ -66,6 +74,16 @@ class Cost:
     def flops(self) -> float:
         """Operations of the step."""
         return self.student_forward + self.teacher_forward + self.backward
+
+    def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
+        """Time of the step where products run at one rate and all else at memory's.
+
+        Args:
+            flops_per_second: rate of the model's products.
+            bytes_per_second: rate of memory.
+        """
+        moved = self.elementwise_bytes + self.update_bytes
+        return self.flops / flops_per_second + moved / bytes_per_second
 
 
 def linears(config: RunConfig, batch_size: int) -> Iterator[Linear]:
@@ -171,12 +189,18 @@ def step_cost(config: RunConfig, batch_size: int) -> Cost:
     if model.gradient_checkpointing:
         backward += student + own
     parameters = count_parameters(config)
+    passes = depth * (BLOCK_PASSES_FORWARD + BLOCK_PASSES_BACKWARD)
+    if aligned:
+        passes += (alignment.teacher_block or 0) * BLOCK_PASSES_FORWARD
+    if model.gradient_checkpointing:
+        passes += depth * BLOCK_PASSES_FORWARD
     return Cost(
         parameters=parameters,
         student_forward=student + own,
         teacher_forward=teacher + teachers,
         backward=backward + ATTENTION_BACKWARD * own,
         attention=own * (1 + ATTENTION_BACKWARD) + teachers,
+        elementwise_bytes=FLOAT_BYTES * passes * batch_size * model.num_tokens * width,
         update_bytes=parameters * sum(UPDATE_BYTES_PER_PARAMETER.values()),
         state_bytes=5 * FLOAT_BYTES * parameters,
         activation_bytes=_activation_bytes(config, batch_size),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from selfalign.benchmark.cost import Linear, linears, step_cost
 from selfalign.config import RunConfig, override
-from selfalign.models.linear import ONEDNN, product
+from selfalign.models.linear import ONEDNN, product, weight_gradient
 from selfalign.models.sit import SiT
 from selfalign.training.ema import EMA
 from selfalign.training.loop import make_accelerator
@@ -34,6 +34,14 @@ class Limit:
 
     gemm_flops_per_second: float
     memory_bytes_per_second: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PassLimit:
+    """The least time of one forward pass: its operations at the rate of its products alone."""
+
+    flops: float
     seconds: float
 
 
@@ -204,8 +212,8 @@ def measure_limit(
 
 def measure_pass_limit(
     config: RunConfig, batch_size: int, device: torch.device | str = "cpu", repetitions: int = 9
-) -> float:
-    """The least seconds of one sampling pass of whole images: its products, and attention.
+) -> PassLimit:
+    """Measure the limit of one sampling pass of whole images: its products, and attention.
 
     Args:
         config: a resolved tree.
@@ -217,13 +225,13 @@ def measure_pass_limit(
     plain = override(config, {"alignment.target": "none", "alignment.teacher_groups": False})
     whole = {"views.timesteps": "single", "views.attention": "full", "views.mask_ratios": (1.0,)}
     config = override(plain, {**whole, "views.whole_image_fraction": 0.0})
-    flops = seconds = 0.0
+    products = seconds = 0.0
     for layer in linears(config, batch_size):
         forward, _, _ = _products(layer, device)
-        flops += layer.student * layer.flops
+        products += layer.student * layer.flops
         seconds += layer.student * _median_seconds(forward, device, repetitions)
-    attention = step_cost(config, batch_size).student_forward - flops
-    return seconds + attention * seconds / flops
+    flops = step_cost(config, batch_size).student_forward
+    return PassLimit(flops, flops * seconds / products)
 
 
 def _products(layer: Linear, device: torch.device) -> tuple[Callable[[], Tensor], ...]:
@@ -235,7 +243,7 @@ def _products(layer: Linear, device: torch.device) -> tuple[Callable[[], Tensor]
     if ONEDNN and device.type == "cpu":
         return (
             lambda: product(x, weight, bias),
-            lambda: product(grad.t(), x.t()),
+            lambda: weight_gradient(grad, x),
             lambda: product(grad, weight.t()),
         )
     return lambda: torch.addmm(bias, x, weight.t()), lambda: grad.t() @ x, lambda: grad @ weight

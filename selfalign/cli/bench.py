@@ -80,7 +80,7 @@ class EstimateArguments(BenchArguments):
     device_bandwidth: float = 25.0
     """Rate of one device's memory, in 10^9 bytes per second."""
     efficiency: float = 0.9
-    """Share of its limit that a step reaches; `bench step` measures it."""
+    """Predicted over measured time: stands for all that the model leaves out (benchmarks/step.md)."""
 
 
 def bench_command(arguments: Sequence[str]) -> int:
@@ -175,6 +175,9 @@ def _sample(words: Sequence[str]) -> int:
             "seconds_per_batch": timing.median,
             "seconds_per_batch_range": [min(timing.seconds), max(timing.seconds)],
             "passes_per_image": timing.passes,
+            "flops_per_batch": timing.flops,
+            "peak_flops_share": timing.flops / timing.median / timing.gemm_flops_per_second,
+            "gemm_flops_per_second": timing.gemm_flops_per_second,
             "limit_seconds": timing.limit_seconds,
             "limit_share": timing.limit_seconds / timing.median,
             "peak_memory_mb": peak_memory_mb(device),
@@ -201,8 +204,7 @@ def _estimate(words: Sequence[str]) -> int:
             raise UserError(f"--{name.replace('_', '-')} must be above 0")
     config = _config(parsed, parsed.batch_size)
     cost = step_cost(config, parsed.batch_size // parsed.devices)
-    seconds = cost.flops / (parsed.device_tflops * 1e12)
-    seconds += cost.update_bytes / (parsed.device_bandwidth * 1e9)
+    seconds = cost.seconds(parsed.device_tflops * 1e12, parsed.device_bandwidth * 1e9)
     _show(
         parsed.json,
         {

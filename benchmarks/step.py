@@ -28,7 +28,7 @@ from reference import ReferenceSiT, reference_losses, reference_sde, update_ema
 
 from selfalign import RunConfig, draw_views, make_generator, recipe, resolve
 from selfalign.benchmark.cost import step_cost
-from selfalign.benchmark.measure import StepBenchmark, make_model, measure_limit
+from selfalign.benchmark.measure import StepBenchmark, make_model, measure_limit, measure_rates
 from selfalign.benchmark.sampling import measure_sampling_limit
 from selfalign.config import DataConfig
 from selfalign.data import Split, open_data, training_batches
@@ -394,12 +394,14 @@ def sampling() -> dict[str, Any]:
 
 
 def estimate() -> dict[str, Any]:
-    """The cost model's time beside the measured one, for four model sizes."""
+    """The cost model's time beside the measured one, for six sizes and patches."""
     results = {}
     for size, channels, side, batch in (
         ("tiny", 1, 8, 64),
         ("S/2", 4, 32, 8),
+        ("B/2", 4, 32, 4),
         ("B/4", 4, 32, 8),
+        ("L/2", 4, 32, 2),
         ("L/8", 4, 32, 16),
     ):
         config = make_config("sra-dts-as", size, channels, side, batch)
@@ -408,13 +410,13 @@ def estimate() -> dict[str, Any]:
         limit = measure_limit(config, repetitions=5)
         measured = [step() for _ in range(PAIRS)]
         cost = step_cost(config, batch)
-        predicted = cost.seconds(limit.gemm_flops_per_second, limit.memory_bytes_per_second)
+        rates = measure_rates(config, limit, repetitions=5)
+        predicted = cost.seconds(rates)
         results[size] = {
             "predicted_seconds": predicted,
             "measured_seconds": spread(measured),
             "predicted_over_measured": predicted / statistics.median(measured),
-            "gemm_gflops": limit.gemm_flops_per_second / 1e9,
-            "memory_gb_per_second": limit.memory_bytes_per_second / 1e9,
+            **{f"{name}_g_per_second": rate / 1e9 for name, rate in vars(rates).items()},
         }
         del step
         gc.collect()

@@ -16,12 +16,13 @@ UPDATE_BYTES_PER_PARAMETER = {
     "AdamW": 7 * FLOAT_BYTES,  # weight, gradient, two moments read; all but the gradient written
     "EMA": 3 * FLOAT_BYTES,  # weight and average read, average written
 }
-# Features of one token that a block reads and writes, besides products and attention. Forward: two norms
-# (2 each), two modulations (2 each), two gates (3 each), GELU over the hidden layer (8). Backward: two
-# gates (5 each), GELU (12), two modulations (7 each), two norms (3 each), two sums at the residual
-# branches (3 each), q, k, v put together (6), bias gradients (9).
+# Features of one token that a block reads and writes, besides products and attention.
 BLOCK_PASSES_FORWARD = 22
-BLOCK_PASSES_BACKWARD = 63
+"""Two norms (2 each), two modulations (2 each), two gates (3 each), GELU over the hidden layer (8)."""
+CHAIN_PASSES_BACKWARD = 42
+"""Two norms (3 each), two modulations (7 each), two gates (5 each), GELU (12)."""
+BLOCK_PASSES_BACKWARD = CHAIN_PASSES_BACKWARD + 21
+"""Besides: two sums at the residual branches (3 each), q, k, v put together (6), bias gradients (9)."""
 ATTENTION_BACKWARD = 2.5
 """Products in the backward pass of fused attention, which recomputes QKᵀ, per forward product."""
 
@@ -46,6 +47,20 @@ class Linear:
     def flops(self) -> int:
         """Operations of one forward product."""
         return 2 * self.rows * self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a device does the four kinds of work of a step."""
+
+    products: float
+    """Operations per second, of linear layers."""
+    attention: float
+    """Operations per second."""
+    elementwise: float
+    """Bytes per second, of norms, modulation, gates and GELU."""
+    memory: float
+    """Bytes per second, of clipping, optimizer and EMA."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +90,14 @@ class Cost:
         """Operations of the step."""
         return self.student_forward + self.teacher_forward + self.backward
 
-    def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """Time of the step where products run at one rate and all else at memory's.
-
-        Args:
-            flops_per_second: rate of the model's products.
-            bytes_per_second: rate of memory.
-        """
-        moved = self.elementwise_bytes + self.update_bytes
-        return self.flops / flops_per_second + moved / bytes_per_second
+    def seconds(self, rates: Rates) -> float:
+        """Time of the step: each kind of work at its own rate, one after the other."""
+        return (
+            (self.flops - self.attention) / rates.products
+            + self.attention / rates.attention
+            + self.elementwise_bytes / rates.elementwise
+            + self.update_bytes / rates.memory
+        )
 
 
 def linears(config: RunConfig, batch_size: int) -> Iterator[Linear]:

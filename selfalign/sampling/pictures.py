@@ -1,5 +1,7 @@
 """Grids of samples in labelled columns, and the curves of a run."""
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import matplotlib
 import numpy as np
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 matplotlib.use("Agg")
@@ -115,3 +118,17 @@ def _smooth(values: Sequence[float], window: float = 0.05) -> list[float]:
     """Moving average over a share of the curve."""
     half = max(1, int(len(values) * window)) // 2 + 1
     return [float(np.mean(values[max(0, i - half) : i + half])) for i in range(len(values))]
+
+
+def data_uri(picture: "np.ndarray[Any, Any]", side: int = 0) -> str:
+    """A picture as the address of itself, for files that load nothing.
+
+    Args:
+        picture: bytes (height, width[, 3 or 4]): grey, RGB or RGBA.
+        side: enlarged by a whole factor, pixel by pixel, to at least this height.
+    """
+    factor = max(1, -(-side // len(picture)))
+    image = Image.fromarray(picture.repeat(factor, 0).repeat(factor, 1))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -55,7 +55,14 @@ class Effect:
     contrasts: tuple[tuple[str, str], ...]
     """Pairs of variants, (with, without), that differ in one switch."""
     claim: str = ""
-    """What the paper says about it."""
+    """What the paper says about it; begins with Yes or No where numbers can be held against it."""
+
+    @property
+    def expected(self) -> Literal["", "gain", "no gain"]:
+        """What the claim foretells, as far as it begins with an answer."""
+        if self.claim.startswith("Yes"):
+            return "gain"
+        return "no gain" if self.claim.startswith("No") else ""
 
 
 @dataclass(frozen=True)

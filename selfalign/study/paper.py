@@ -6,6 +6,9 @@ Inception Score (higher is better), without guidance but in the system table.
 
 from selfalign.study.grid import Effect, Grid, Row, Table, Variant
 
+QUESTION = "Data augmentation or self-supervision?"
+"""What the paper asks, and the title of a report on its grid."""
+
 _RATIOS = (0.25, 0.35, 0.5)
 _MIXING = 0.25
 

@@ -1,7 +1,5 @@
-"""The report."""
+"""The report of a study: one HTML file that stands alone, and its numbers as JSON."""
 
-from pathlib import Path
+from selfalign.study.report.page import write_report
 
-
-def write_report(folder: Path) -> Path:
-    return folder
+__all__ = ["write_report"]

@@ -1,0 +1,133 @@
+"""The report's pictures: samples from the same noise and labels, and what every variant sees."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+
+from selfalign.config import resolve
+from selfalign.data import open_data
+from selfalign.errors import UserError
+from selfalign.inspect.views import draw_diagram, see_views
+from selfalign.sampling.pictures import MAX_COLUMNS, column_labels, data_uri, tile
+from selfalign.study.plan import Job
+from selfalign.study.results import RunResult
+
+SAMPLE_ROWS = 2
+LARGEST_SAMPLE = 48
+"""Height in pixels above which samples are shrunk, so that the file stays small."""
+SHOWN_IMAGE = 0
+"""Of the held-out images, the one that the diagrams show."""
+
+
+@dataclass(frozen=True)
+class SampleStrip:
+    """A run's samples in one picture."""
+
+    variant: str
+    address: str
+    width: int
+    """In pixels of the picture."""
+    height: int
+
+
+def sample_strips(
+    folder: Path, runs: Sequence[RunResult], seed: int, class_names: Sequence[str]
+) -> list[SampleStrip]:
+    """Samples of every finished run of a seed: a class per column, the same samples of each.
+
+    Args:
+        folder: the study's.
+        runs: finished ones.
+        seed: which of them are shown.
+        class_names: of the labels; empty where there are none.
+    """
+    strips = []
+    for run in runs:
+        files = sorted((folder / run.folder).glob("evaluation/*/samples.npz"))
+        if run.seed != seed or not files:
+            continue
+        with np.load(files[-1]) as arrays:
+            images = arrays["arr_0"]
+            labels = arrays.get("arr_1")
+        chosen = _choose(labels, len(images), len(class_names))
+        columns = len(chosen) // SAMPLE_ROWS or len(chosen)
+        picture = tile(_shrink(images[chosen]), columns)
+        strips.append(
+            SampleStrip(run.variant, data_uri(picture), picture.shape[1], picture.shape[0])
+        )
+    return strips
+
+
+def _choose(
+    labels: np.ndarray[tuple[int], np.dtype[np.int64]] | None, count: int, num_classes: int
+) -> list[int]:
+    """The first samples of some classes, row by row; simply the first where classes lack samples."""
+    first = list(range(min(count, SAMPLE_ROWS * MAX_COLUMNS)))
+    columns = column_labels(num_classes)
+    if labels is None or columns is None:
+        return first
+    found = [np.flatnonzero(labels == label)[:SAMPLE_ROWS].tolist() for label in columns]
+    if min(map(len, found)) < SAMPLE_ROWS:
+        return first
+    return [column[row] for row in range(SAMPLE_ROWS) for column in found]
+
+
+def _shrink(images: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]") -> UInt8[Tensor, "M C H W"]:
+    factor = max(1, -(-images.shape[1] // LARGEST_SAMPLE))
+    if factor > 1:
+        size = (images.shape[2] // factor, images.shape[1] // factor)
+        images = np.stack(
+            [
+                np.asarray(Image.fromarray(image.squeeze()).resize(size, Image.Resampling.LANCZOS))
+                for image in images
+            ]
+        ).reshape(len(images), size[1], size[0], -1)
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class Diagram:
+    """What a variant sees of an image."""
+
+    variant: str
+    note: str
+    """Which part of the batch it is of, where there are two."""
+    svg: str
+
+
+def view_diagrams(jobs: Sequence[Job]) -> list[Diagram]:
+    """A diagram of every job's variant, from one held-out image of its data set.
+
+    Raises:
+        UserError: the data set is not there, or does not fit the settings.
+    """
+    diagrams = []
+    source = open_data(jobs[0].config.data)
+    image = source.heldout.read([SHOWN_IMAGE])[0][0]
+    for job in jobs:
+        config = resolve(job.config, source.channels, source.image_size, source.num_classes)
+        seen = see_views(config, image, source.decode)
+        share = config.views.whole_image_fraction
+        notes = (f"{share:g} of each batch, kept whole", f"the other {1 - share:g} of each batch")
+        for index, view in enumerate(seen):
+            note = notes[index] if len(seen) > 1 else ""
+            title = (
+                f"What student and teacher of {job.variant} see of one image, and which tokens attend "
+                "to which"
+            )
+            diagrams.append(Diagram(job.variant, note, draw_diagram(view, title)))
+    return diagrams
+
+
+def class_names(jobs: Sequence[Job]) -> tuple[str, ...]:
+    """Names of the data set's classes; none where it cannot be opened."""
+    try:
+        return open_data(jobs[0].config.data).class_names
+    except UserError:
+        return ()

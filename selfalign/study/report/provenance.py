@@ -1,0 +1,132 @@
+"""What was run: settings, versions, and the commands that repeat it."""
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from selfalign.config import RunConfig, config_to_dict, override
+from selfalign.recipes import recipe
+from selfalign.study.plan import Job, Study
+from selfalign.study.profiles import PROFILES
+from selfalign.study.results import RunResult
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a study's runs, by dotted name."""
+
+    shared: Mapping[str, str]
+    different: Mapping[str, Mapping[str, str]]
+    """By variant, what is not the same in all of them."""
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "from the data"
+    if isinstance(value, list):
+        return " ".join(map(_shown, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def settings(jobs: Iterable[Job], runs: Iterable[RunResult]) -> Settings:
+    """What all runs share, and what sets the variants apart; seed and train fraction are neither.
+
+    Args:
+        jobs: one per variant.
+        runs: finished ones, in whose settings nothing is left open.
+    """
+    resolved = {run.variant: run.config for run in runs}
+    trees = {
+        job.variant: _flat(resolved.get(job.variant) or config_to_dict(job.config)) for job in jobs
+    }
+    for tree in trees.values():
+        tree.pop("seed", None)
+        tree.pop("data.train_fraction", None)
+    names = list(dict.fromkeys(name for tree in trees.values() for name in tree))
+    values = {
+        name: {variant: _shown(tree.get(name)) for variant, tree in trees.items()} for name in names
+    }
+    same = {name for name in names if len(set(values[name].values())) == 1}
+    return Settings(
+        shared={name: next(iter(values[name].values())) for name in names if name in same},
+        different={
+            variant: {name: values[name][variant] for name in names if name not in same}
+            for variant in trees
+        },
+    )
+
+
+def versions(runs: Iterable[RunResult]) -> dict[str, str]:
+    """Versions that the runs were made with; several of one thing are all named."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        for name, version in run.versions.items():
+            if version not in found.setdefault(name, []):
+                found[name].append(version)
+    return {name: " and ".join(several) for name, several in found.items()}
+
+
+def _options(values: Mapping[str, Any]) -> list[str]:
+    """Options of the command line that set these fields."""
+    words: list[str] = []
+    for name, value in values.items():
+        section, _, field = name.rpartition(".")
+        dashed = field.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{section}.{'' if value else 'no-'}{dashed}")
+            continue
+        words.append(f"--{section}.{dashed}" if section else f"--{dashed}")
+        words += map(str, value) if isinstance(value, list) else [str(value)]
+    return words
+
+
+def train_command(study: Study, job: Job) -> str:
+    """The command that repeats one run, whatever made it."""
+    name = study.grid.variants[job.variant].recipe
+    base = _flat(config_to_dict(recipe(name)))
+    changed = {k: v for k, v in _flat(config_to_dict(job.config)).items() if v != base[k]}
+    out = f"runs/{job.name}"
+    return shlex.join(["selfalign", "train", name, "--out", out, *_options(changed)])
+
+
+def study_command(study: Study) -> str:
+    """The command that repeats a study; empty if none does, as its seeds or settings are a script's."""
+    profile = PROFILES.get(study.profile)
+    if profile is None or study.seeds != tuple(range(len(study.seeds))):
+        return ""
+    base = _flat(config_to_dict(override(RunConfig(), profile.settings)))
+    given = {
+        name: list(value) if isinstance(value, tuple | list) else value
+        for name, value in study.settings.items()
+        if name.startswith(("data.", "flow.", "model.", "training."))
+    }
+    always = ("data.name", "model.size")
+    changed = {k: v for k, v in given.items() if k in always or v != base[k]}
+    if study.train_fractions != (1.0,):
+        changed["data.train_fraction"] = list(study.train_fractions)
+    usual = _flat(asdict(profile.measurement), "measurement.")
+    measured = _flat(asdict(study.measurement), "measurement.")
+    changed |= {name: value for name, value in measured.items() if value != usual[name]}
+    grid = "paper" if study.grid.name == "paper" else f"{study.grid.name}.yaml"
+    fixed = ["--out", "OUT", "--profile", study.profile, "--seeds", str(len(study.seeds))]
+    return shlex.join(["selfalign", "study", grid, *fixed, *_options(changed)])
+
+
+def representatives(study: Study) -> Sequence[Job]:
+    """One job per variant: the first seed's, with all of the data that is used."""
+    return [
+        job
+        for job in study.jobs()
+        if job.seed == study.seeds[0] and job.train_fraction == study.full_fraction
+    ]

@@ -1,5 +1,6 @@
 """The count of operations against torch's own counter, and its memory and parameters."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,8 +9,8 @@ from support import RECIPE_NAMES
 from torch.utils.flop_counter import FlopCounterMode
 
 from selfalign import SiT, recipe, resolve
-from selfalign.benchmark.cost import count_parameters, linears, step_cost
-from selfalign.benchmark.measure import StepBenchmark, measure_limit
+from selfalign.benchmark.cost import Rates, count_parameters, linears, step_cost
+from selfalign.benchmark.measure import StepBenchmark, measure_limit, measure_rates
 from selfalign.benchmark.sampling import count_passes, time_sampling
 from selfalign.models import linear
 from selfalign.sampling.generate import SamplingConfig
@@ -66,8 +67,27 @@ def test_separation_saves_exactly_the_attention_between_groups() -> None:
     assert b.attention / a.attention == pytest.approx(160 / 256)
 
 
+def test_time_is_the_sum_of_four_kinds_of_work() -> None:
+    cost = step_cost(small("sra-dts-as", {}), 8)
+    work = {
+        "products": cost.flops - cost.attention,
+        "attention": cost.attention,
+        "elementwise": float(cost.elementwise_bytes),
+        "memory": float(cost.update_bytes),
+    }
+    rates = Rates(**work)  # so that each kind takes a second
+    assert cost.seconds(rates) == pytest.approx(4)
+    for name in work:
+        slower = replace(rates, **{name: getattr(rates, name) / 3})
+        assert cost.seconds(slower) == pytest.approx(6)
+
+
 def test_the_limit_and_the_passes_of_sampling() -> None:
-    limit = measure_limit(small("sra-dts-as", {}), repetitions=3)
+    config = small("sra-dts-as", {})
+    limit = measure_limit(config, repetitions=3)
+    rates = measure_rates(config, limit, repetitions=3)
+    assert rates.products == limit.gemm_flops_per_second
+    assert rates.attention > 1e6 and rates.elementwise > 1e6
     assert limit.seconds > 0
     assert limit.gemm_flops_per_second > 1e8
     assert limit.memory_bytes_per_second > 1e8

@@ -1,6 +1,6 @@
 """Reading latents: shards against one .npy per image; memory; the time to open ImageNet.
 
-    python benchmarks/data.py FOLDER
+    python benchmarks/data.py FOLDER [--workers 0 2]
 
 FOLDER gets about 3.5 GB of files, made once and kept. Pairs of measurements alternate in one process,
 so that whatever else the machine does hits both. Prints the tables of benchmarks/data.md.
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -98,6 +99,7 @@ def write_files(root: Path, shards: Path) -> None:
 class FileMoments:
     """One .npy per image, as the released data loaders read them."""
 
+    reads_in_threads: ClassVar[bool] = False
     root: Path
     size: int
 
@@ -116,6 +118,7 @@ class FileMoments:
 class ShardMoments:
     """The same from shards."""
 
+    reads_in_threads: ClassVar[bool] = True
     records: Records
     size: int
 
@@ -134,6 +137,7 @@ class ShardMoments:
 class SampledFiles:
     """Moments from files, sampled with one draw per batch, as the released training loops do."""
 
+    reads_in_threads: ClassVar[bool] = False
     files: FileMoments
 
     def __len__(self) -> int:
@@ -219,6 +223,7 @@ def main() -> None:
     """Run everything and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder: Path = arguments.folder
@@ -254,11 +259,11 @@ def main() -> None:
         forget(files, "*.npy")
         forget(shards, "*.bin")
 
-    for workers in (0, 2):
+    for workers in arguments.workers:
         for cache in ("warm", "cold"):
             cold = drop if cache == "cold" else None
             print(compare(("moments", cache), (single, whole), workers, cold), flush=True)
-    for workers in (0, 2):
+    for workers in arguments.workers:
         sampled = (SampledFiles(single), source.train)
         print(compare(("sampled latents", "warm"), sampled, workers, None), flush=True)
 

@@ -1,12 +1,13 @@
 """The training step against its limit and against the reference; see step.md.
 
     python benchmarks/step.py            everything, about 20 minutes on two cores
-    python benchmarks/step.py 256        one of: 256, 1024, 4096, separation, tiny, growth, compile
+    python benchmarks/step.py 256        one of the parts below
 
 Both sides alternate in one run; figures are medians of at least seven pairs after warm-up.
 """
 
 import dataclasses
+import functools
 import gc
 import json
 import platform
@@ -14,17 +15,24 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from reference import ReferenceSiT, reference_losses, update_ema
+from data import write_shards
+from reference import ReferenceSiT, reference_losses, reference_sde, update_ema
 
 from selfalign import RunConfig, draw_views, make_generator, recipe, resolve
 from selfalign.benchmark.cost import step_cost
-from selfalign.benchmark.measure import StepBenchmark, measure_limit
+from selfalign.benchmark.measure import StepBenchmark, make_model, measure_limit, measure_rates
+from selfalign.benchmark.sampling import measure_sampling_limit
+from selfalign.config import DataConfig
+from selfalign.data import Split, open_data, training_batches
+from selfalign.sampling.generate import SamplingConfig, generate
 
 PAIRS = 7
 FOLDER = Path(__file__).parent
@@ -257,16 +265,29 @@ def tiny() -> dict[str, Any]:
 def growth() -> dict[str, Any]:
     """Step time over tokens and groups, beside the count of operations."""
     rows: dict[str, Any] = {"tokens": {}, "groups": {}}
+    for name, value, config in growth_configs():
+        rows[name][value] = _time_and_count(config)
+    rates, errors = fit_rates([point for points in rows.values() for point in points.values()])
+    plot_growth(rows, rates, FOLDER / "growth.png")
+    return {
+        **rows,
+        "gflops_per_second": dict(zip(TERMS, rates.tolist(), strict=True)),
+        "model_over_measured": spread(errors.tolist()),
+    }
+
+
+def growth_configs() -> Iterator[tuple[str, int, RunConfig]]:
+    """What is varied, its value, and the tree."""
     for side, batch in ((16, 16), (32, 4), (64, 1), (128, 1)):
         config = make_config("sra-dts-as", "S/2", 4, side, batch)
-        rows["tokens"][config.model.num_tokens] = _time_and_count(config)
+        yield "tokens", config.model.num_tokens, config
     for groups in (1, 2, 3, 4, 8):
-        more = {"views.mask_ratios": (1.0,) * groups}
         name = "sra-dts-as" if groups > 1 else "sra"
-        config = make_config(name, "S/2", 4, 64, 1, **more)
-        rows["groups"][groups] = _time_and_count(config)
-    plot_growth(rows, FOLDER / "growth.png")
-    return rows
+        config = make_config(name, "S/2", 4, 64, 1, **{"views.mask_ratios": (1.0,) * groups})
+        yield "groups", groups, config
+
+
+TERMS = ("products", "attention")
 
 
 def _time_and_count(config: RunConfig) -> dict[str, float]:
@@ -274,30 +295,45 @@ def _time_and_count(config: RunConfig) -> dict[str, float]:
     step()
     batch = config.training.batch_size
     seconds = statistics.median(step() for _ in range(5)) / batch
-    return {
-        "seconds_per_image": seconds,
-        "gflops_per_image": step_cost(config, batch).flops / batch / 1e9,
-    }
+    return {"seconds_per_image": seconds, **count(config)}
 
 
-def plot_growth(rows: dict[str, Any], path: Path) -> None:
-    """Measured seconds per image beside the count of operations at one rate."""
+def count(config: RunConfig) -> dict[str, float]:
+    """10^9 operations of a step per image, by term."""
+    batch = config.training.batch_size
+    cost = step_cost(config, batch)
+    products = cost.flops - cost.attention
+    return dict(zip(TERMS, (products / batch / 1e9, cost.attention / batch / 1e9), strict=True))
+
+
+def fit_rates(points: list[dict[str, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """One rate per term that explains all times, and the model's time over each measured one."""
+    counts = np.array([[point[term] for term in TERMS] for point in points])
+    relative = counts / np.array([[point["seconds_per_image"]] for point in points])
+    seconds = np.linalg.lstsq(relative, np.ones(len(points)), rcond=None)[0]
+    return 1 / seconds, relative @ seconds
+
+
+def plot_growth(rows: dict[str, Any], rates: np.ndarray, path: Path) -> None:
+    """Measured seconds per image beside the count of operations at one rate per term."""
     from matplotlib.figure import Figure
 
+    label = "operations: " + ", ".join(
+        f"{term} at {rate:.0f} GFLOP/s" for term, rate in zip(TERMS, rates, strict=True)
+    )
     figure = Figure(figsize=(9, 3.4), dpi=144, layout="constrained")
     for axis, (name, points) in zip(figure.subplots(1, 2), rows.items(), strict=True):
         x = list(points)
         seconds = [point["seconds_per_image"] for point in points.values()]
-        flops = [point["gflops_per_image"] for point in points.values()]
-        rate = statistics.median(f / s for f, s in zip(flops, seconds, strict=True))
+        counts = np.array([[point[term] for term in TERMS] for point in points.values()])
         axis.plot(x, seconds, marker="o", label="measured")
-        axis.plot(x, [f / rate for f in flops], "--", label=f"operations at {rate:.0f} GFLOP/s")
+        axis.plot(x, counts @ (1 / rates), "--", label=label)
         if name == "tokens":
             axis.set_xscale("log", base=2)
             axis.set_yscale("log", base=2)
         axis.set(xlabel=name, ylabel="seconds per image")
         axis.set_ylim(bottom=0 if name == "groups" else None)
-        axis.legend()
+        axis.legend(fontsize="x-small")
         axis.grid(alpha=0.3)
     figure.savefig(path)
 
@@ -319,6 +355,105 @@ def compiled() -> dict[str, Any]:
     return results
 
 
+def sampling() -> dict[str, Any]:
+    """SDE sampling, S/2, 256 tokens, batch 4, guided for t <= 0.7, against the reference and its limit.
+
+    Ten steps stand for 250: all steps cost the same, and the guided share of the steps is the same.
+    """
+    config = make_config("sit", "S/2", 4, 32, 4)
+    settings = SamplingConfig("sde", 10, 1.8, (0.0, 0.7))
+    model = make_model(config).eval().requires_grad_(False)
+    reference = ReferenceStep(config).student.eval().requires_grad_(False)
+    reference.load_state_dict(model.state_dict(), strict=False)
+    noise, labels = torch.randn(4, 4, 32, 32), torch.arange(4)
+
+    def own() -> float:
+        started = time.perf_counter()
+        list(generate(model, config.flow.path, settings, 4, batch_size=4))
+        return time.perf_counter() - started
+
+    def other() -> float:
+        started = time.perf_counter()
+        interval, scale = settings.guidance_interval, settings.guidance_scale
+        drawn = functools.partial(torch.randn_like, noise)
+        reference_sde(
+            reference, noise, labels, 10, settings.steps, scale, interval, lambda step: drawn()
+        )
+        return time.perf_counter() - started
+
+    mine, theirs = alternate(own, other, warmup=1)
+    shares = []
+    for _ in range(PAIRS):
+        limit, _ = measure_sampling_limit(config, settings, 4, repetitions=3)
+        shares.append(limit / own())
+    return {
+        "speed_against_reference": spread([b / a for a, b in zip(mine, theirs, strict=True)]),
+        "share_of_limit": spread(shares),
+        "images_per_second_of_250_steps": spread([4 / (25 * s) for s in mine]),
+    }
+
+
+def estimate() -> dict[str, Any]:
+    """The cost model's time beside the measured one, for six sizes and patches."""
+    results = {}
+    for size, channels, side, batch in (
+        ("tiny", 1, 8, 64),
+        ("S/2", 4, 32, 8),
+        ("B/2", 4, 32, 4),
+        ("B/4", 4, 32, 8),
+        ("L/2", 4, 32, 2),
+        ("L/8", 4, 32, 16),
+    ):
+        config = make_config("sra-dts-as", size, channels, side, batch)
+        step = StepBenchmark(config)
+        step()
+        limit = measure_limit(config, repetitions=5)
+        measured = [step() for _ in range(PAIRS)]
+        cost = step_cost(config, batch)
+        rates = measure_rates(config, limit, repetitions=5)
+        predicted = cost.seconds(rates)
+        results[size] = {
+            "predicted_seconds": predicted,
+            "measured_seconds": spread(measured),
+            "predicted_over_measured": predicted / statistics.median(measured),
+            **{f"{name}_g_per_second": rate / 1e9 for name, rate in vars(rates).items()},
+        }
+        del step
+        gc.collect()
+    return results
+
+
+def loader() -> dict[str, Any]:
+    """Images per second of training's loader, beside what the steps of `tiny` and S/2 consume."""
+    digits = open_data(DataConfig(name="digits")).train
+    step = StepBenchmark(make_config("sra-dts-as", "tiny", 1, 8, 64))
+    small = StepBenchmark(make_config("sra-dts-as", "S/2", 4, 32, 8))
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(Path(folder) / "shards", 20_000)
+        latents = open_data(DataConfig(name="latents", root=f"{folder}/shards")).train
+        results = {}
+        for name, split, batch, take_step in (
+            ("digits, tiny", digits, 64, step),
+            ("latents, S/2", latents, 8, small),
+        ):
+            consumed = functools.partial(_consume, split, batch)
+            given, taken = alternate(consumed, take_step)
+            results[name] = {
+                "loader_images_per_second": spread([50 * batch / s for s in given]),
+                "step_images_per_second": spread([batch / s for s in taken]),
+                "ratio": spread([50 * b / a for a, b in zip(given, taken, strict=True)]),
+            }
+    return results
+
+
+def _consume(split: Split, batch: int) -> float:
+    """Seconds of 50 batches through the loader, in this process."""
+    started = time.perf_counter()
+    for _ in training_batches(split, seed=0, batch_size=batch, first=0, last=50):
+        pass
+    return time.perf_counter() - started
+
+
 PARTS = {
     "256": tokens_256,
     "1024": tokens_1024,
@@ -327,6 +462,9 @@ PARTS = {
     "tiny": tiny,
     "growth": growth,
     "compile": compiled,
+    "sampling": sampling,
+    "estimate": estimate,
+    "loader": loader,
 }
 
 

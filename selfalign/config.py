@@ -367,7 +367,7 @@ class DataConfig(_Section):
     flip: bool = False
     """Mirror training images at random, left to right; latents have to be prepared with --flip."""
     workers: int = 0
-    """Processes that read the data; 0 reads in the training process."""
+    """How many read ahead: processes that decode images, threads for latents; 0 reads in between."""
 
     def _check(self) -> None:
         self._number("image_size", 1, math.inf, "a number from 1")
@@ -461,11 +461,17 @@ def group_sizes(mask_ratios: tuple[float, ...], num_tokens: int) -> tuple[int, .
     return tuple(sizes)
 
 
+def whole_images(fraction: float, batch_size: int) -> int:
+    """How many of a batch's images stay whole: the nearest number, and the even one between two."""
+    return round(fraction * batch_size)
+
+
 def resolve(
     config: RunConfig,
     channels: int | None = None,
     image_size: tuple[int, int] | None = None,
     num_classes: int | None = None,
+    processes: int = 1,
 ) -> RunConfig:
     """Fill in what was left open, and check what depends on the data's shape.
 
@@ -473,12 +479,14 @@ def resolve(
         config: a tree whose model section may leave shapes open.
         channels, image_size, num_classes: the data's; where they are left out, the model section has
             to give them.
+        processes: how many share each batch.
 
     Returns:
         A tree without open fields.
 
     Raises:
-        UserError: the model does not fit the data, or a token group would be empty.
+        UserError: the model does not fit the data, or a token group or the part of whole images would
+            be empty.
     """
     model, data = config.model, {"channels": channels, "image_size": image_size}
     for name, value in data.items():
@@ -519,6 +527,15 @@ def resolve(
         "views.mask_ratios",
         config.views.mask_ratios,
         f"of the {model.num_tokens} tokens the groups get {sizes}; every group needs at least one",
+    )
+    fraction, training = config.views.whole_image_fraction, config.training
+    images = training.batch_size // (processes * training.gradient_accumulation)
+    _require(
+        fraction == 0 or whole_images(fraction, images) > 0,
+        "views.whole_image_fraction",
+        fraction,
+        f"of the {images} images that a process sees at once this rounds to none; allowed are 0, a "
+        "larger share, or a larger training.batch_size",
     )
     alignment = config.alignment
     depth = model.dimensions.depth

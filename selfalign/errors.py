@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class AgreedError(UserError):
+    """A UserError that every process of a job has raised: one of them is enough to print it."""

@@ -69,7 +69,13 @@ def start_run(
         _refuse_used(folder)
     with accelerator.main_process_first():  # one process downloads, or finds the files missing
         source = open_data(config.data)
-    config = resolve(config, source.channels, source.image_size, source.num_classes)
+    config = resolve(
+        config,
+        source.channels,
+        source.image_size,
+        source.num_classes,
+        accelerator.num_processes,
+    )
     if accelerator.is_main_process:
         write_config(folder, config, source)
     accelerator.wait_for_everyone()
@@ -109,6 +115,7 @@ def resume_run(
             f"{source.fingerprint} instead of {fingerprint}); start a new run"
         )
     accelerator = make_accelerator(config.training, folder)
+    config = resolve(config, processes=accelerator.num_processes)
     if accelerator.is_main_process:
         write_config(folder, config, source)
     return _train(config, source, folder, accelerator, checkpoint, progress, monitors)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from selfalign.config import FlowConfig, RunConfig, group_sizes
+from selfalign.config import FlowConfig, RunConfig, group_sizes, whole_images
 from selfalign.flow import PATHS
 
 
@@ -168,7 +168,7 @@ def make_views(config: RunConfig, x0: Float[Tensor, "B C H W"], draw: Draw) -> V
     groups = TokenGroups(
         order=draw.order,
         sizes=group_sizes(config.views.mask_ratios, num_tokens),
-        whole=round(config.views.whole_image_fraction * batch),
+        whole=whole_images(config.views.whole_image_fraction, batch),
         separate=config.views.attention == "separated",
     )
     x0_tokens = groups.sort(tokens)

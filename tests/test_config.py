@@ -299,6 +299,30 @@ class TestResolve:
         assert tree.model.num_classes == 1000
 
     @pytest.mark.parametrize(
+        ("batch_size", "accumulation", "processes", "images"),
+        [(2, 1, 1, 2), (16, 8, 1, 2), (16, 1, 8, 2), (16, 4, 4, 1)],
+    )
+    def test_refuses_whole_images_that_round_to_none(
+        self, batch_size, accumulation, processes, images
+    ):
+        changes = {
+            "views.whole_image_fraction": 0.25,
+            "training.batch_size": batch_size,
+            "training.gradient_accumulation": accumulation,
+        }
+        tree = recipe("sra-dts-as", changes)
+        with pytest.raises(UserError) as error:
+            resolve(tree, 3, (32, 32), 10, processes)
+        assert str(error.value) == (
+            f"views.whole_image_fraction is 0.25: of the {images} images that a process sees at once "
+            "this rounds to none; allowed are 0, a larger share, or a larger training.batch_size"
+        )
+        plenty = override(tree, {"training.batch_size": 4 * processes * accumulation})
+        assert resolve(plenty, 3, (32, 32), 10, processes).views == tree.views
+        none = override(tree, {"views.whole_image_fraction": 0.0})
+        assert resolve(none, 3, (32, 32), 10, processes).views.whole_image_fraction == 0
+
+    @pytest.mark.parametrize(
         ("changes", "image_size", "words"),
         [
             ({"model.channels": 4}, (32, 32), ["model.channels", "4", "3"]),

@@ -7,7 +7,7 @@ is left to the measurements. A backward pass computes two products for each of t
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from selfalign.config import RunConfig, group_sizes
+from selfalign.config import RunConfig, group_sizes, whole_images
 
 FLOAT_BYTES = 4
 UPDATE_BYTES_PER_PARAMETER = {
@@ -16,6 +16,13 @@ UPDATE_BYTES_PER_PARAMETER = {
     "AdamW": 7 * FLOAT_BYTES,  # weight, gradient, two moments read; all but the gradient written
     "EMA": 3 * FLOAT_BYTES,  # weight and average read, average written
 }
+# Features of one token that a block reads and writes, besides products and attention.
+BLOCK_PASSES_FORWARD = 22
+"""Two norms (2 each), two modulations (2 each), two gates (3 each), GELU over the hidden layer (8)."""
+CHAIN_PASSES_BACKWARD = 42
+"""Two norms (3 each), two modulations (7 each), two gates (5 each), GELU (12)."""
+BLOCK_PASSES_BACKWARD = CHAIN_PASSES_BACKWARD + 21
+"""Besides: two sums at the residual branches (3 each), q, k, v put together (6), bias gradients (9)."""
 ATTENTION_BACKWARD = 2.5
 """Products in the backward pass of fused attention, which recomputes QKᵀ, per forward product."""
 
@@ -43,6 +50,20 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Rates:
+    """How fast a device does the four kinds of work of a step."""
+
+    products: float
+    """Operations per second, of linear layers."""
+    attention: float
+    """Operations per second."""
+    elementwise: float
+    """Bytes per second, of norms, modulation, gates and GELU."""
+    memory: float
+    """Bytes per second, of clipping, optimizer and EMA."""
+
+
+@dataclass(frozen=True)
 class Cost:
     """A step's cost on one device."""
 
@@ -55,6 +76,8 @@ class Cost:
     """Operations of the backward pass."""
     attention: float
     """Of all of these, the operations of attention itself."""
+    elementwise_bytes: int
+    """Bytes moved between the products: norms, modulation, gates, GELU and their gradients."""
     update_bytes: int
     """Bytes moved by clipping, optimizer and EMA."""
     state_bytes: int
@@ -66,6 +89,15 @@ class Cost:
     def flops(self) -> float:
         """Operations of the step."""
         return self.student_forward + self.teacher_forward + self.backward
+
+    def seconds(self, rates: Rates) -> float:
+        """Time of the step: each kind of work at its own rate, one after the other."""
+        return (
+            (self.flops - self.attention) / rates.products
+            + self.attention / rates.attention
+            + self.elementwise_bytes / rates.elementwise
+            + self.update_bytes / rates.memory
+        )
 
 
 def linears(config: RunConfig, batch_size: int) -> Iterator[Linear]:
@@ -106,7 +138,7 @@ def linears(config: RunConfig, batch_size: int) -> Iterator[Linear]:
 def attention_parts(config: RunConfig, batch_size: int) -> tuple[list[int], list[int]]:
     """Lengths of the sequences that attend among themselves, of student and teacher, in one block."""
     tokens = config.model.num_tokens
-    whole = round(config.views.whole_image_fraction * batch_size)
+    whole = whole_images(config.views.whole_image_fraction, batch_size)
     everything = [tokens] * batch_size
     if config.views.attention == "full":
         return everything, everything
@@ -171,12 +203,18 @@ def step_cost(config: RunConfig, batch_size: int) -> Cost:
     if model.gradient_checkpointing:
         backward += student + own
     parameters = count_parameters(config)
+    passes = depth * (BLOCK_PASSES_FORWARD + BLOCK_PASSES_BACKWARD)
+    if aligned:
+        passes += (alignment.teacher_block or 0) * BLOCK_PASSES_FORWARD
+    if model.gradient_checkpointing:
+        passes += depth * BLOCK_PASSES_FORWARD
     return Cost(
         parameters=parameters,
         student_forward=student + own,
         teacher_forward=teacher + teachers,
         backward=backward + ATTENTION_BACKWARD * own,
         attention=own * (1 + ATTENTION_BACKWARD) + teachers,
+        elementwise_bytes=FLOAT_BYTES * passes * batch_size * model.num_tokens * width,
         update_bytes=parameters * sum(UPDATE_BYTES_PER_PARAMETER.values()),
         state_bytes=5 * FLOAT_BYTES * parameters,
         activation_bytes=_activation_bytes(config, batch_size),

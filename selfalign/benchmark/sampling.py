@@ -21,11 +21,18 @@ class SamplingTiming:
     limit_seconds: float
     passes: int
     """Passes of the model over the batch, two where guidance applies."""
+    flops: float
+    """Operations of these passes."""
 
     @property
     def median(self) -> float:
         """Median seconds per batch."""
         return statistics.median(self.seconds)
+
+    @property
+    def gemm_flops_per_second(self) -> float:
+        """Rate of the passes' products, each timed alone."""
+        return self.flops / self.limit_seconds
 
 
 def count_passes(sampling: SamplingConfig) -> tuple[int, int]:
@@ -67,8 +74,23 @@ def time_sampling(
         for _ in generate(model, config.flow.path, sampling, batch_size, batch_size=batch_size):
             synchronize(device)
         seconds.append(time.perf_counter() - started)
+    limit, flops = measure_sampling_limit(config, sampling, batch_size, device)
     unguided, guided = count_passes(sampling)
-    limit = unguided * measure_pass_limit(config, batch_size, device) if unguided else 0.0
-    if guided:
-        limit += guided * measure_pass_limit(config, 2 * batch_size, device)
-    return SamplingTiming(seconds[1:], limit, unguided + 2 * guided)
+    return SamplingTiming(seconds[1:], limit, unguided + 2 * guided, flops)
+
+
+def measure_sampling_limit(
+    config: RunConfig,
+    sampling: SamplingConfig,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    repetitions: int = 9,
+) -> tuple[float, float]:
+    """The least seconds of a batch of samples, and its operations. Arguments as for `time_sampling`."""
+    seconds = flops = 0.0
+    for passes, images in zip(count_passes(sampling), (batch_size, 2 * batch_size), strict=True):
+        if passes:
+            limit = measure_pass_limit(config, images, device, repetitions)
+            seconds += passes * limit.seconds
+            flops += passes * limit.flops
+    return seconds, flops

@@ -14,7 +14,7 @@ from selfalign.cli.prepare import prepare_command
 from selfalign.cli.sample import sample_command
 from selfalign.cli.study import study_command
 from selfalign.cli.train import recipes_command, train_command
-from selfalign.errors import UserError
+from selfalign.errors import AgreedError, UserError
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train_command, "train a recipe, or go on with a run"),
@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"command is {arguments[0]!r}: allowed are {', '.join(COMMANDS)}")
         return COMMANDS[arguments[0]][0](arguments[1:])
     except UserError as error:
+        if isinstance(error, AgreedError) and os.environ.get("RANK", "0") != "0":
+            return 2  # the first process says it
         line = " ".join(str(error).split())
         print(f"selfalign: error: {line}", file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ import tyro
 from accelerate import Accelerator
 from rich.table import Table
 
-from selfalign.benchmark.cost import step_cost
+from selfalign.benchmark.cost import Rates, step_cost
 from selfalign.benchmark.measure import measure_limit, peak_memory_mb, time_step
 from selfalign.benchmark.sampling import time_sampling
 from selfalign.cli.console import console, parse
@@ -77,10 +77,12 @@ class EstimateArguments(BenchArguments):
     """Devices that share the batch."""
     device_tflops: float = 0.2
     """Rate of the model's products on one device, in 10^12 operations per second."""
+    attention_tflops: float | None = None
+    """Rate of its attention, in 10^12 operations per second; left out: that of the products."""
     device_bandwidth: float = 25.0
     """Rate of one device's memory, in 10^9 bytes per second."""
     efficiency: float = 0.9
-    """Share of its limit that a step reaches; `bench step` measures it."""
+    """Predicted over measured time: stands for all that the model leaves out (benchmarks/step.md)."""
 
 
 def bench_command(arguments: Sequence[str]) -> int:
@@ -175,6 +177,9 @@ def _sample(words: Sequence[str]) -> int:
             "seconds_per_batch": timing.median,
             "seconds_per_batch_range": [min(timing.seconds), max(timing.seconds)],
             "passes_per_image": timing.passes,
+            "flops_per_batch": timing.flops,
+            "peak_flops_share": timing.flops / timing.median / timing.gemm_flops_per_second,
+            "gemm_flops_per_second": timing.gemm_flops_per_second,
             "limit_seconds": timing.limit_seconds,
             "limit_share": timing.limit_seconds / timing.median,
             "peak_memory_mb": peak_memory_mb(device),
@@ -196,13 +201,18 @@ def _estimate(words: Sequence[str]) -> int:
         raise UserError(
             f"--batch-size is {parsed.batch_size}: must be a multiple of --devices {parsed.devices}"
         )
-    for name in ("devices", "device_tflops", "device_bandwidth", "efficiency"):
-        if not getattr(parsed, name) > 0:
+    for name in ("devices", "device_tflops", "attention_tflops", "device_bandwidth", "efficiency"):
+        if (value := getattr(parsed, name)) is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0")
     config = _config(parsed, parsed.batch_size)
     cost = step_cost(config, parsed.batch_size // parsed.devices)
-    seconds = cost.flops / (parsed.device_tflops * 1e12)
-    seconds += cost.update_bytes / (parsed.device_bandwidth * 1e9)
+    rates = Rates(
+        products=parsed.device_tflops * 1e12,
+        attention=(parsed.attention_tflops or parsed.device_tflops) * 1e12,
+        elementwise=parsed.device_bandwidth * 1e9,
+        memory=parsed.device_bandwidth * 1e9,
+    )
+    seconds = cost.seconds(rates)
     _show(
         parsed.json,
         {

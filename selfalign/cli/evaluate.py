@@ -12,6 +12,7 @@ from rich.table import Table
 from selfalign.cli.console import console, make_bar, parse
 from selfalign.evaluation.evaluate import EvaluationConfig, evaluate
 from selfalign.evaluation.report import Evaluation, aim
+from selfalign.processes import together
 from selfalign.sampling.generate import SamplingConfig
 
 
@@ -27,16 +28,17 @@ class EvaluateArguments:
 
 def evaluate_command(arguments: Sequence[str]) -> int:
     """`selfalign evaluate`."""
-    parsed = parse(
-        EvaluateArguments,
-        arguments,
-        "selfalign evaluate",
-        "Evaluate a run (sampled now, or continued where that stopped), a .npz of samples or a folder "
-        "of images: writes evaluation.json and evaluation.png. "
-        "Examples: selfalign evaluate runs/digits --num 1000; selfalign evaluate samples.npz "
-        "--reference VIRTUAL_imagenet256_labeled.npz --features inception",
-    )
     accelerator = Accelerator()
+    with together(accelerator):
+        parsed = parse(
+            EvaluateArguments,
+            arguments,
+            "selfalign evaluate",
+            "Evaluate a run (sampled now, or continued where that stopped), a .npz of samples or a "
+            "folder of images: writes evaluation.json and evaluation.png. "
+            "Examples: selfalign evaluate runs/digits --num 1000; selfalign evaluate samples.npz "
+            "--reference VIRTUAL_imagenet256_labeled.npz --features inception",
+        )
     bar = make_bar("{task.description}", disable=not accelerator.is_main_process)
     tasks: dict[str, Any] = {}
 
@@ -45,7 +47,7 @@ def evaluate_command(arguments: Sequence[str]) -> int:
             tasks[what] = bar.add_task(what)
         bar.update(tasks[what], completed=done, total=total)
 
-    with bar:
+    with bar, together(accelerator):
         evaluation = evaluate(parsed.subject, parsed.config, parsed.sampling, accelerator, show)
     if evaluation is not None:
         _print_evaluation(evaluation)
@@ -62,7 +64,8 @@ def _print_evaluation(evaluation: Evaluation) -> None:
         value = f"{estimate.value:.4g} ± {estimate.standard_error:.2g}"
         table.add_row(name, value, fresh, aim(name))
     for weights, loss in evaluation.denoising.items():
-        table.add_row(f"held-out denoising loss, {weights}", f"{loss.overall:.4f}", "–", "lower")
+        value = f"{loss.overall:.4f} ± {loss.standard_error:.2g}"
+        table.add_row(f"held-out denoising loss, {weights}", value, "–", "lower")
     console.print(table)
     features = settings["features"]
     if "heldout_accuracy" in features:

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -24,6 +24,15 @@ HELDOUT_SEED = 20260702
 
 class Split(Protocol):
     """One half of a data set."""
+
+    @property
+    def reads_in_threads(self) -> bool:
+        """Whether what reads ahead are threads or processes.
+
+        Threads hand batches over without copying them, but take turns in Python: they suit reading
+        that copies, not reading that decodes.
+        """
+        ...
 
     def __len__(self) -> int:
         """Number of images."""
@@ -70,6 +79,7 @@ class DataSource:
 class MemorySplit:
     """Images held in memory, as bytes or as floats in [-1, 1]."""
 
+    reads_in_threads: ClassVar[bool] = False
     images: UInt8[Tensor, "M C H W"] | Float[Tensor, "M C H W"]
     labels: Int[Tensor, "M"]
     flip: bool = False
@@ -98,6 +108,11 @@ class SubsetSplit:
     split: Split
     chosen: Int[Tensor, "M"]
     """Their numbers in it."""
+
+    @property
+    def reads_in_threads(self) -> bool:
+        """As the whole split."""
+        return self.split.reads_in_threads
 
     def __len__(self) -> int:
         return len(self.chosen)

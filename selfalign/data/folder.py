@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -95,6 +96,7 @@ def printable(text: str) -> str:
 class FolderSplit:
     """Image files and their labels; decoded when read."""
 
+    reads_in_threads: ClassVar[bool] = False
     files: Sequence[tuple[Path, int]]
     image_size: int
     flip: bool = False
@@ -192,7 +194,7 @@ def open_folder(
         )
     relative = [path.relative_to(root).as_posix() for path, _ in found]
     train, heldout = split_by_hash(relative, HELDOUT_SHARE)
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{image_size}\n".encode())
     for index in (*heldout, *train):
         path, label = found[index]
         digest.update(encode_name(f"{relative[index]}\0{label}\0{path.stat().st_size}\n"))

@@ -1,13 +1,15 @@
 """The order of the data as a function of (seed, epoch), and each step's batch of the step."""
 
 import functools
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from selfalign.data.datasets import Split
 from selfalign.errors import UserError
@@ -43,13 +45,39 @@ class _BatchOfMicroStep(Dataset[Batch | _Failure]):
         first = (micro_step * self.processes + self.rank) * self.batch_size
         size = len(self.split)
         positions = range(first, first + self.batch_size)
-        indices = [int(epoch_order(self.seed, p // size, size)[p % size]) for p in positions]
+        indices: list[int] = []
+        while len(indices) < self.batch_size:  # a batch may span epochs
+            epoch, begin = divmod(first + len(indices), size)
+            end = begin + self.batch_size - len(indices)
+            indices += epoch_order(self.seed, epoch, size)[begin:end].tolist()
         try:
             return self.split.read(
                 indices, [derive_seed(self.seed, "augment", p) for p in positions]
             )
         except UserError as error:
             return _Failure(str(error))
+
+
+@dataclass(frozen=True)
+class _Ahead(IterableDataset[Batch | _Failure]):
+    """The batches of micro-steps in their order, read ahead by threads."""
+
+    batch_of: _BatchOfMicroStep
+    micro_steps: Iterable[int]
+    threads: int
+
+    def __iter__(self) -> Iterator[Batch | _Failure]:
+        pool = ThreadPoolExecutor(self.threads, "data")
+        pending: deque[Future[Batch | _Failure]] = deque()
+        try:
+            for micro_step in self.micro_steps:
+                pending.append(pool.submit(self.batch_of.__getitem__, micro_step))
+                if len(pending) > 2 * self.threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def training_batches(
@@ -75,17 +103,20 @@ def training_batches(
         batch_size: images per process and micro-step.
         first, last: range of micro-steps; resuming starts at another `first`.
         rank, processes: which process this is, of how many.
-        workers: processes that read ahead.
+        workers: how many read ahead: processes, or threads where the split says so.
         pin_memory: hand out page-locked memory, for faster copies to a GPU.
 
     Raises:
         UserError: what reading the data raised, from whichever process.
     """
+    micro_steps = range(first, last)
+    batch_of = _BatchOfMicroStep(split, seed, batch_size, rank, processes)
+    in_threads = workers > 0 and split.reads_in_threads
     batches = DataLoader(
-        _BatchOfMicroStep(split, seed, batch_size, rank, processes),
-        sampler=range(first, last),
+        _Ahead(batch_of, micro_steps, workers) if in_threads else batch_of,
+        sampler=None if in_threads else micro_steps,
         batch_size=None,
-        num_workers=workers,
+        num_workers=0 if in_threads else workers,
         pin_memory=pin_memory,
         # Without one of its own, the loader would draw its workers' seeds from the global one.
         generator=torch.Generator(),

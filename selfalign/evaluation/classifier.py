@@ -19,9 +19,9 @@ from selfalign.evaluation.cache import cache_folder, write_whole
 from selfalign.randomness import make_generator
 from selfalign.sampling.generate import to_uint8
 
-STEPS = 500
+STEPS = 700
 BATCH = 128
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 6e-3
 FEATURES = 64
 WIDTHS = (32, 64, 64)
 

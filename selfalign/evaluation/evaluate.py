@@ -41,6 +41,7 @@ from selfalign.evaluation.reference import (
     write_reference,
 )
 from selfalign.evaluation.report import Evaluation, NeighbourRow, draw_evaluation
+from selfalign.processes import main_process_first, together
 from selfalign.run import LoadedRun, load_run, sampling_record
 from selfalign.sampling.generate import SamplingConfig
 from selfalign.training.heldout import HeldOutLoss, heldout_loss
@@ -184,35 +185,35 @@ def evaluate(
         heldout_features = setting.features(heldout.first(min(len(heldout), len(samples))))
 
     evaluation = None
-    if accelerator.is_main_process:
-        progress("metrics", 0, 1)
-        metrics = _compare(chosen, features, reference, setting)
-        if "consistency" in chosen:
-            assert samples.labels is not None
-            metrics["class_consistency"] = class_consistency(features["logits"], samples.labels)
-        rows: list[NeighbourRow] = []
-        if "memorisation" in chosen:
-            assert heldout is not None and reference.images is not None
-            found, rows = _memorisation(samples, heldout, reference.images)
-            metrics.update(found)
-        elif reference.images is not None and reference.features is not None and features:
-            rows = _nearest_in_features(samples, features["features"], reference)
-        baseline: dict[str, Estimate] = {}
-        if heldout_features and len(heldout_features["features"]) >= 2 * GROUPS:
-            baseline = _compare(
-                sorted(COMPARED & set(chosen)), heldout_features, reference, setting
+    with together(accelerator):
+        if accelerator.is_main_process:
+            progress("metrics", 0, 1)
+            metrics = _compare(chosen, features, reference, setting)
+            if "consistency" in chosen:
+                assert samples.labels is not None
+                metrics["class_consistency"] = class_consistency(features["logits"], samples.labels)
+            rows: list[NeighbourRow] = []
+            if "memorisation" in chosen:
+                assert heldout is not None and reference.images is not None
+                found, rows = _memorisation(samples, heldout, reference.images)
+                metrics.update(found)
+            elif reference.images is not None and reference.features is not None and features:
+                rows = _nearest_in_features(samples, features["features"], reference)
+            baseline: dict[str, Estimate] = {}
+            if heldout_features and len(heldout_features["features"]) >= 2 * GROUPS:
+                baseline = _compare(
+                    sorted(COMPARED & set(chosen)), heldout_features, reference, setting
+                )
+            progress("metrics", 1, 1)
+            evaluation = Evaluation(
+                folder,
+                metrics,
+                baseline,
+                _denoising(setting) if "denoising" in chosen else {},
+                _settings(setting, samples, made, reference),
+                _notes(setting.network, features, metrics, len(samples)),
             )
-        progress("metrics", 1, 1)
-        evaluation = Evaluation(
-            folder,
-            metrics,
-            baseline,
-            _denoising(setting) if "denoising" in chosen else {},
-            _settings(setting, samples, made, reference),
-            _notes(setting.network, features, metrics, len(samples)),
-        )
-        _write(evaluation, setting, samples, rows)
-    accelerator.wait_for_everyone()
+            _write(evaluation, setting, samples, rows)
     return evaluation
 
 
@@ -240,9 +241,12 @@ def _open(
             f"--reference is left out: needed is one of {', '.join(DATA_SETS)}, a .npz or a folder"
         )
     name = config.features or default_features(data)
-    with accelerator.main_process_first():  # what is downloaded or trained, one process does
+
+    def get_ready() -> tuple[DataSource | None, FeatureNetwork]:
         source = None if data is None else open_data(data)
-        network = feature_network(name, source, data.name if data else "")
+        return source, feature_network(name, source, data.name if data else "")
+
+    source, network = main_process_first(accelerator, get_ready)
     return _Setting(subject, config, run, data, source, network, accelerator, progress)
 
 
@@ -263,8 +267,8 @@ def _reference(setting: _Setting) -> tuple[Reference, ImageSet | None]:
     heldout = None
     if target in DATA_SETS:
         if source is None or data is None or data.name != target:
-            with setting.accelerator.main_process_first():
-                source = open_data(dataclasses.replace(data or DataConfig(), name=target))  # type: ignore[arg-type]
+            wanted = dataclasses.replace(data or DataConfig(), name=target)  # type: ignore[arg-type]
+            source = main_process_first(setting.accelerator, lambda: open_data(wanted))
         heldout = open_split(target, source, "held-out")
         train = open_split(target, source, "training")
         _require_classifier_size(setting, train)
@@ -277,8 +281,9 @@ def _reference(setting: _Setting) -> tuple[Reference, ImageSet | None]:
             setting.accelerator,
             check=lambda images: _require_classifier_size(setting, images),
         )
-    if config.write_reference is not None and setting.accelerator.is_main_process:
-        write_reference(config.write_reference, reference, setting.network)
+    with together(setting.accelerator):
+        if config.write_reference is not None and setting.accelerator.is_main_process:
+            write_reference(config.write_reference, reference, setting.network)
     return reference, heldout
 
 

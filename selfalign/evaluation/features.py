@@ -21,6 +21,7 @@ from selfalign.errors import UserError
 from selfalign.evaluation.cache import cache_folder
 from selfalign.evaluation.classifier import get_classifier
 from selfalign.evaluation.inputs import ImageSet, hash_file
+from selfalign.processes import together
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 """torch-fidelity's port of the 2015 graph; the name ends with the beginning of the file's SHA-256."""
@@ -258,10 +259,11 @@ def extract(
         part = range(first, min(first + PART, len(images)))
         batches = [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
         own = []
-        for number in range(accelerator.process_index, len(batches), accelerator.num_processes):
-            with torch.no_grad():
-                found = module(images.read(batches[number]).to(accelerator.device))
-            own.append((number, {kind: values.float().cpu() for kind, values in found.items()}))
+        with together(accelerator):
+            for number in range(accelerator.process_index, len(batches), accelerator.num_processes):
+                with torch.no_grad():
+                    found = module(images.read(batches[number]).to(accelerator.device))
+                own.append((number, {kind: values.float().cpu() for kind, values in found.items()}))
         done = sorted(gather_object(own), key=lambda numbered: numbered[0])
         progress(images.name, part.stop, len(images))
         yield {kind: torch.cat([values[kind] for _, values in done]) for kind in done[0][1]}

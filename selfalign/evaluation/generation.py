@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from selfalign.evaluation.cache import write_arrays, write_whole
 from selfalign.evaluation.inputs import Array, ImageSet, open_images, open_npz
+from selfalign.processes import together
 from selfalign.run import LoadedRun
 from selfalign.sampling.generate import SamplingConfig, check_sampling, generate, to_uint8
 
@@ -70,22 +71,22 @@ def generate_samples(
         names = [shards / f"{part.start:08d}-{part.stop:08d}.npz" for part in parts]
         todo = [(part, name) for part, name in zip(parts, names, strict=True) if not name.is_file()]
         own = todo[accelerator.process_index :: accelerator.num_processes]
-        for finished, (part, name) in enumerate(own):
-            progress("sampling", finished * SHARD, len(own) * SHARD)
-            _write_shard(run, sampling, part, name, batch_size)
-        progress("sampling", 1, 1)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            whole = [file] if done else []
-            _join(whole + names, file)
-            write_whole(
-                folder / "sampling.json",
-                lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"),
-            )
-            for name in shards.glob("*"):
-                name.unlink()
-            shards.rmdir()
-        accelerator.wait_for_everyone()
+        with together(accelerator):
+            for finished, (part, name) in enumerate(own):
+                progress("sampling", finished * SHARD, len(own) * SHARD)
+                _write_shard(run, sampling, part, name, batch_size)
+            progress("sampling", 1, 1)
+        with together(accelerator):
+            if accelerator.is_main_process:
+                whole = [file] if done else []
+                _join(whole + names, file)
+                write_whole(
+                    folder / "sampling.json",
+                    lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"),
+                )
+                for name in shards.glob("*"):
+                    name.unlink()
+                shards.rmdir()
     return open_images(file).first(num)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from selfalign.errors import UserError
 from selfalign.evaluation.estimate import Estimate, from_share
 from selfalign.evaluation.frechet import require_finite
+from selfalign.models.linear import linear
 
 NEIGHBOURS = 3
 """k of the improved precision and recall (arXiv:1904.06991), as in the ADM suite."""
@@ -134,7 +135,7 @@ def _squared_distances(
     first: Float[Tensor, "r D"], second: Float[Tensor, "c D"]
 ) -> Float[Tensor, "r c"]:
     """|u|² + |v|² - 2·u·v, up to float32 rounding."""
-    products = torch.addmm(second.square().sum(dim=1), first, second.T, alpha=-2)
+    products = linear(-2 * first, second, second.square().sum(dim=1))
     return products.add_(first.square().sum(dim=1, keepdim=True))
 
 

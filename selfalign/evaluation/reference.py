@@ -16,6 +16,7 @@ from selfalign.evaluation.cache import cache_folder, write_arrays
 from selfalign.evaluation.features import FeatureNetwork
 from selfalign.evaluation.frechet import Gaussian, Moments, require_finite
 from selfalign.evaluation.inputs import Array, ImageSet, hash_file, images_of, open_images, open_npz
+from selfalign.processes import together
 from selfalign.randomness import make_generator
 
 NEIGHBOUR_IMAGES = 10_000
@@ -66,8 +67,9 @@ def measure(
     accelerator.wait_for_everyone()  # all processes have seen the same cache
     if arrays is None:
         arrays = _compute(images, extract)
-        if accelerator.is_main_process:
-            write_arrays(file, arrays)
+        with together(accelerator):
+            if accelerator.is_main_process:
+                write_arrays(file, arrays)
     features = torch.from_numpy(np.array(arrays["features"]))
     return Reference(images.name, images.fingerprint, images, _gaussians(arrays), features)
 

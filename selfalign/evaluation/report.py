@@ -115,8 +115,17 @@ def draw_evaluation(
     if denoising:
         for name, loss in denoising.items():
             centres = [(k + 0.5) / len(loss.by_timestep) for k in range(len(loss.by_timestep))]
-            axes[-1].plot(centres, loss.by_timestep, marker="o", markersize=3, label=name)
-        axes[-1].set_title("held-out denoising loss", fontsize=8)
+            axes[-1].errorbar(
+                centres,
+                loss.by_timestep,
+                yerr=loss.by_timestep_standard_errors,
+                marker="o",
+                markersize=3,
+                capsize=2,
+                label=name,
+            )
+        values = [f"{k} {v.overall:.4f} ± {v.standard_error:.2g}" for k, v in denoising.items()]
+        axes[-1].set_title("\n".join(["held-out denoising loss", *values]), fontsize=7)
         axes[-1].set_xlabel("t (1 is noise)", fontsize=8)
         axes[-1].legend(fontsize=7)
         axes[-1].tick_params(labelsize=7)
@@ -140,6 +149,8 @@ def _draw_bars(axis: Axes, name: str, estimate: Estimate, baseline: Estimate | N
     )
     if name in SHARES:
         axis.set_ylim(0, 1)
+    if aim(name) not in ("higher", "lower"):
+        axis.axhline(float(aim(name)), color="0.4", linestyle="--", linewidth=1)
     axis.tick_params(labelsize=7)
 
 

@@ -5,7 +5,7 @@ carries too, uses AVX-512 wherever there is AVX-512 and is up to 2.2 times as fa
 (benchmarks/step.md). On other devices, in other dtypes and under the compiler this is torch's own layer.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -29,33 +29,79 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+class LinearGelu(nn.Linear):
+    """A linear layer and the tanh-approximated GELU of its output."""
+
+    def forward(self, input: Float[Tensor, "... K"]) -> Float[Tensor, "... N"]:
+        """GELU(x·Wᵀ + b). Without gradients the product itself applies it, before it writes."""
+        if _goes_through_onednn(input, self.weight) and not torch.is_grad_enabled():
+            return _by_rows(input, self.weight, self.bias, "gelu")
+        return functional.gelu(linear(input, self.weight, self.bias), approximate="tanh")
+
+
 def linear(
     x: Float[Tensor, "... K"], weight: Float[Tensor, "N K"], bias: Float[Tensor, "N"]
 ) -> Float[Tensor, "... N"]:
     """`torch.nn.functional.linear`, by the fastest product there is."""
-    if (
-        ONEDNN
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-    ):
+    if _goes_through_onednn(x, weight):
         return _OneDnnLinear.apply(x, weight, bias)
     return functional.linear(x, weight, bias)
 
 
 def product(
-    a: Float[Tensor, "M K"], b: Float[Tensor, "N K"], bias: Float[Tensor, "N"] | None = None
+    a: Float[Tensor, "M K"],
+    b: Float[Tensor, "N K"],
+    bias: Float[Tensor, "N"] | None = None,
+    activation: Literal["none", "gelu"] = "none",
 ) -> Float[Tensor, "M N"]:
-    """a·bᵀ + bias of float32 matrices on a CPU, in any layout."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    """activation(a·bᵀ + bias) of float32 matrices on a CPU. Copies `a` unless it is contiguous."""
+    if torch.compiler.is_compiling():
+        return _opaque_product(a, b, bias, activation)
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, activation, [], "tanh")
+
+
+@torch.library.custom_op("selfalign::product", mutates_args=())
+def _opaque_product(a: Tensor, b: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """`product` for the compiler, which would otherwise copy `b` unless it is contiguous."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, activation, [], "tanh")
+
+
+@_opaque_product.register_fake
+def _(a: Tensor, b: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return a.new_empty(len(a), len(b))
+
+
+def weight_gradient(grad: Float[Tensor, "M N"], x: Float[Tensor, "M K"]) -> Float[Tensor, "N K"]:
+    """gradᵀ·x, or the transpose of xᵀ·grad: whichever way transposes fewer numbers.
+
+    `product` transposes its first matrix, and autograd copies a transposed gradient once more.
+    """
+    (rows, outputs), inputs = grad.shape, x.shape[1]
+    if rows * outputs <= (rows + outputs) * inputs:
+        return product(grad.t(), x.t())
+    return product(x.t(), grad.t()).t()
+
+
+def _goes_through_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        ONEDNN
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _by_rows(
+    x: Tensor, weight: Tensor, bias: Tensor, activation: Literal["none", "gelu"] = "none"
+) -> Tensor:
+    return product(x.flatten(0, -2), weight, bias, activation).unflatten(0, x.shape[:-1])
 
 
 class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return product(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+        return _by_rows(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -66,7 +112,7 @@ class _OneDnnLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = product(rows, weight.t()).view(x.shape)
         if ctx.needs_input_grad[1]:
-            grad_weight = product(rows.t(), x.flatten(0, -2).t())
+            grad_weight = weight_gradient(rows, x.flatten(0, -2))
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(dim=0)
         return grad_x, grad_weight, grad_bias

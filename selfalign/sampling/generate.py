@@ -11,6 +11,7 @@ from torch import Tensor
 
 from selfalign.errors import UserError
 from selfalign.flow import PATHS
+from selfalign.memory import keep_freed_memory
 from selfalign.models.sit import SiT
 from selfalign.randomness import make_generator
 from selfalign.sampling.guidance import Guidance, GuidedModel
@@ -117,6 +118,8 @@ def generate(
         separate: whether sampling with groups separates their attention, as the model was trained.
     """
     device = model.pos_embed.device
+    if device.type == "cpu":
+        keep_freed_memory()
     shape = (model.channels, *model.image_size)
     for start in range(first, first + num, batch_size):
         indices = range(start, min(start + batch_size, first + num))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from selfalign.data.datasets import Split
@@ -24,6 +24,11 @@ class HeldOutLoss:
     """Mean over t uniform in [0, 1]."""
     by_timestep: tuple[float, ...]
     """Means within ten equal bins of t."""
+    standard_error: float
+    """Of `overall`, for the choice of images, timesteps and noise. All runs share that choice, so the
+    difference of two runs is known far better than this."""
+    by_timestep_standard_errors: tuple[float, ...]
+    """The same of every bin."""
 
 
 @torch.no_grad()
@@ -44,24 +49,50 @@ def heldout_loss(
     """
     device, dtype = model.pos_embed.device, model.pos_embed.dtype
     samples = -(-samples // BINS) * BINS
+    numbers = torch.arange(samples)
+    bins, images = numbers % BINS, (numbers + numbers // BINS) % len(split)
     groups = TokenGroups(order=None, sizes=(model.num_tokens,))
-    errors, bins = [], []
-    for first in range(0, samples, batch_size):
-        indices = range(first, min(first + batch_size, samples))
-        x0, labels = split.read([(i + i // BINS) % len(split) for i in indices])
-        bin_of = torch.tensor([i % BINS for i in indices])
+    errors = []
+    for indices in numbers.split(batch_size):
+        x0, labels = split.read(images[indices].tolist())
         # One generator per sample, so that no sample depends on the batch it is in.
-        generators = [make_generator(_SEED, "heldout", i) for i in indices]
+        generators = [make_generator(_SEED, "heldout", i) for i in indices.tolist()]
         within = torch.cat([torch.rand(1, generator=g) for g in generators])
         noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators])
-        t = ((bin_of + within) / BINS).to(device, dtype)[:, None]
+        t = ((bins[indices] + within) / BINS).to(device, dtype)[:, None]
         errors.append(
             _errors(model, path, x0.to(device, dtype), noise.to(device, dtype), t, labels, groups)
         )
-        bins.append(bin_of)
-    error, bin_of = torch.cat(errors).double().cpu(), torch.cat(bins)
-    by_timestep = tuple(error[bin_of == k].mean().item() for k in range(BINS))
-    return HeldOutLoss(sum(by_timestep) / BINS, by_timestep)
+    error = torch.cat(errors).double().cpu()
+    by_bin = error.view(-1, BINS)
+    by_timestep = by_bin.mean(dim=0)
+    # Within bins: what differs between bins is covered evenly, and no matter of chance. A mean that
+    # was fitted to that many images takes up one degree of freedom.
+    fitted_to = min(len(by_bin), len(split))
+    degrees_of_freedom = max(1, fitted_to - 1)
+    residuals = (by_bin - by_timestep).flatten() * (fitted_to / degrees_of_freedom) ** 0.5
+    return HeldOutLoss(
+        by_timestep.mean().item(),
+        tuple(by_timestep.tolist()),
+        _standard_error(residuals, images),
+        tuple(_standard_error(residuals[bins == k], images[bins == k]) for k in range(BINS)),
+    )
+
+
+def _standard_error(residuals: Float[Tensor, "S"], images: Int[Tensor, "S"]) -> float:
+    """Standard error of a mean over bins, from the residuals within them.
+
+    Residuals of one image are added up before they are squared: an image that is hard in one bin is
+    hard in others, so ten pairs of one image say less than ten images. With one pair per image this
+    is the stratified estimate √(Σ s²/n)/bins. A single image shows no spread: 0, but for rounding.
+
+    Args:
+        residuals: each pair's error less its bin's mean.
+        images: each pair's image.
+    """
+    per_image = torch.zeros(int(images.max()) + 1, dtype=residuals.dtype)
+    per_image.index_add_(0, images, residuals)
+    return (per_image.square().sum().sqrt() / len(residuals)).item()
 
 
 def _errors(

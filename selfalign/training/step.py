@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from selfalign.config import RunConfig, TrainingConfig
 from selfalign.data.stream import Batch
 from selfalign.errors import UserError
+from selfalign.memory import keep_freed_memory
 from selfalign.models.sit import SiT
 from selfalign.objective import Losses, Objective
 from selfalign.randomness import make_generator
 from selfalign.training.ema import EMA
-from selfalign.training.memory import keep_freed_memory
 from selfalign.views import draw_views
 
 

@@ -79,3 +79,4 @@ def test_the_limit_and_the_passes_of_sampling() -> None:
     assert timing.passes == 15
     assert timing.median > 0
     assert timing.limit_seconds > 0
+    assert timing.flops == pytest.approx(15 * step_cost(small("sit", {}), 2).student_forward)

@@ -118,6 +118,11 @@ class TestSplits:
         source = open_folder(tmp_path)
         assert len(before - set(files_of(source.heldout))) <= 1
 
+    def test_fingerprint_changes_with_the_size_of_the_images(self, tmp_path):
+        fill(tmp_path)
+        small, large = (open_folder(tmp_path, image_size=size).fingerprint for size in (8, 16))
+        assert small != large == open_folder(tmp_path, image_size=16).fingerprint
+
     def test_fingerprint_changes_with_the_files(self, tmp_path):
         fill(tmp_path)
         before = open_folder(tmp_path).fingerprint

@@ -1,6 +1,8 @@
 """The stream of batches: a function of (seed, step), whoever reads it and wherever it starts."""
 
 import itertools
+import os
+import threading
 
 import pytest
 import torch
@@ -13,16 +15,25 @@ from selfalign.data.datasets import MemorySplit
 from selfalign.data.stream import epoch_order
 
 
-def numbered_split(size, flip=False):
+class ThreadedSplit(MemorySplit):
+    """Read ahead by threads."""
+
+    reads_in_threads = True
+
+
+def numbered_split(size, flip=False, kind=MemorySplit):
     """Images whose left pixel is their index, so that a batch shows what it was made from."""
     images = torch.zeros(size, 1, 1, 2)
     images[:, 0, 0, 0] = torch.arange(size)
     images[:, 0, 0, 1] = -1
-    return MemorySplit(images, torch.arange(size), flip)
+    return kind(images, torch.arange(size), flip)
 
 
 class BrokenSplit:
     """Cannot read image 3."""
+
+    def __init__(self, reads_in_threads=False):
+        self.reads_in_threads = reads_in_threads
 
     def __len__(self):
         return 8
@@ -116,14 +127,57 @@ class TestBatches:
             assert torch.equal(a, c) and torch.equal(b, d)
 
     @pytest.mark.parametrize("workers", [1, 2])
-    def test_workers_change_nothing(self, workers):
-        split = numbered_split(7, flip=True)
+    @pytest.mark.parametrize("kind", [MemorySplit, ThreadedSplit])
+    def test_workers_change_nothing(self, workers, kind):
+        split = numbered_split(7, flip=True, kind=kind)
         common = {"seed": 5, "batch_size": 3, "first": 1, "last": 9}
         alone = list(training_batches(split, **common))
         helped = list(training_batches(split, workers=workers, **common))
         assert len(helped) == len(alone) == 8
         for (a, b), (c, d) in zip(alone, helped, strict=True):
             assert torch.equal(a, c) and torch.equal(b, d)
+
+    def test_threads_read_ahead_and_no_further_than_asked(self):
+        read = []
+
+        class Noting(ThreadedSplit):
+            def read(self, indices, seeds=None):
+                read.append(threading.current_thread().name)
+                return super().read(indices, seeds)
+
+        split = numbered_split(7, kind=Noting)
+        common = {"seed": 0, "batch_size": 2, "first": 0}
+        batches = training_batches(split, workers=2, last=1000, **common)
+        next(batches)
+        batches.close()
+        count = len(read)
+        assert 1 <= count <= 5 and all(name.startswith("data") for name in read)
+        names = {thread.name for thread in threading.enumerate()}
+        assert not any(name.startswith("data") for name in names)
+        list(training_batches(split, workers=2, last=3, **common))
+        assert len(read) == count + 3
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_threads_belong_to_splits_that_ask_for_them(self, workers):
+        """Decoding stays in processes, where Python does not take turns."""
+
+        class Telling(MemorySplit):
+            def read(self, indices, seeds=None):
+                return torch.tensor([os.getpid()]), torch.tensor(indices)
+
+        class TellingInThreads(Telling):
+            reads_in_threads = True
+
+        for kind, inside in ((Telling, workers == 0), (TellingInThreads, True)):
+            batches = training_batches(
+                numbered_split(5, kind=kind),
+                seed=0,
+                batch_size=2,
+                first=0,
+                last=3,
+                workers=workers,
+            )
+            assert all((int(pid) == os.getpid()) == inside for pid, _ in batches)
 
     def test_nothing_is_left_to_do_at_the_end(self):
         assert labels_of(numbered_split(5), seed=0, batch_size=2, first=4, last=4) == []
@@ -164,22 +218,22 @@ class TestBatches:
 
 
 class TestErrors:
-    @pytest.mark.parametrize("workers", [0, 2])
-    def test_cross_worker_boundaries_as_the_one_line_they_were(self, workers):
+    @pytest.mark.parametrize(("workers", "threads"), [(0, False), (2, False), (2, True)])
+    def test_cross_worker_boundaries_as_the_one_line_they_were(self, workers, threads):
         batches = training_batches(
-            BrokenSplit(), seed=0, batch_size=2, first=0, last=4, workers=workers
+            BrokenSplit(threads), seed=0, batch_size=2, first=0, last=4, workers=workers
         )
         with pytest.raises(UserError) as error:
             list(batches)
         expected = "images/3.png is not a readable image: cannot identify image file"
         assert str(error.value) == expected
 
-    @pytest.mark.parametrize("workers", [0, 1])
-    def test_batches_before_the_broken_one_arrive(self, workers):
+    @pytest.mark.parametrize(("workers", "threads"), [(0, False), (1, False), (1, True)])
+    def test_batches_before_the_broken_one_arrive(self, workers, threads):
         order = epoch_order(0, 0, 8).tolist()
         whole = order.index(3) // 2
         batches = training_batches(
-            BrokenSplit(), seed=0, batch_size=2, first=0, last=4, workers=workers
+            BrokenSplit(threads), seed=0, batch_size=2, first=0, last=4, workers=workers
         )
         for number in range(whole):
             assert next(batches)[1].tolist() == order[2 * number : 2 * number + 2]

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from selfalign import UserError
 from selfalign.cli import main
@@ -260,6 +262,52 @@ def test_two_processes_give_the_numbers_of_one(
         assert numbers[0][part] == numbers[1][part]
     fingerprints = {n["settings"]["samples"]["fingerprint"] for n in numbers}
     assert len(fingerprints) == 1
+
+
+@pytest.mark.parametrize("fails_in", ["all processes", "the main one", "the other one"])
+def test_what_one_process_cannot_do_ends_all_with_one_line(
+    fails_in: str, cache: Path, tmp_path: Path
+) -> None:
+    get_classifier(SOURCE, "digits")
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, image in enumerate(digits("heldout", 70)[0][:, :, :, 0]):
+        Image.fromarray(image).save(folder / f"{number:02}.png")
+    options, message = {
+        "all processes": (["--reference", "absent"], "absent does not exist"),
+        "the main one": (["--num", "19", "--metrics", "fd"], "needs at least 20 samples"),
+        "the other one": (["--metrics", "fd"], "67.png is not a readable image"),  # in batch 1
+    }[fails_in]
+    if fails_in == "the other one":
+        (folder / "67.png").write_bytes(b"no image")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "selfalign.cli", "evaluate", str(folder)]
+    command += ["--data.name", "digits", "--reference", "digits", *options]
+    # Without torchrun, which would end one process when the other fails.
+    processes = [
+        subprocess.Popen(
+            command,
+            env={
+                **os.environ,
+                "ACCELERATE_USE_CPU": "true",
+                "CUDA_VISIBLE_DEVICES": "",
+                "WORLD_SIZE": "2",
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=180)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], said
+    assert said[0].count("\n") == 1 and message in said[0]
+    assert said[1] == ""
 
 
 class TestRefusals:

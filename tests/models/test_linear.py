@@ -2,17 +2,21 @@
 
 import pytest
 import torch
+from torch.nn import functional
 
 from selfalign.models import linear
-from selfalign.models.linear import Linear
+from selfalign.models.linear import Linear, LinearGelu
 
 
 @pytest.mark.skipif(not linear.ONEDNN, reason="this CPU's products are torch's own")
+@pytest.mark.parametrize("outputs", [3, 11])  # the narrower side is transposed
 @pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7), (1, 1, 1, 7), (4096, 7)])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_values_and_gradients_are_torchs(shape: tuple[int, ...], transposed: bool) -> None:
+def test_values_and_gradients_are_torchs(
+    shape: tuple[int, ...], transposed: bool, outputs: int
+) -> None:
     torch.manual_seed(0)
-    layer, reference = Linear(7, 11), torch.nn.Linear(7, 11).double()
+    layer, reference = Linear(7, outputs), torch.nn.Linear(7, outputs).double()
     reference.load_state_dict(layer.state_dict())
     x = torch.randn(shape)
     if transposed:
@@ -51,3 +55,12 @@ def test_both_ways_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     first = layer(x)
     monkeypatch.setattr(linear, "ONEDNN", False)
     assert torch.allclose(layer(x), first, atol=1e-5)
+
+
+def test_gelu_is_the_same_with_and_without_gradients() -> None:
+    layer, x = LinearGelu(96, 384), 3 * torch.randn(64, 96)
+    hidden = functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    expected = functional.gelu(hidden, approximate="tanh")
+    assert torch.allclose(layer(x).double(), expected, atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(layer(x).double(), expected, atol=1e-5)

@@ -64,8 +64,8 @@ def test_used_folders_are_refused(tmp_path: Path) -> None:
 
 def test_what_could_not_start_is_refused_before_anything_runs() -> None:
     _study().check()
-    with pytest.raises(UserError, match="variant sra: .*patch must divide"):
-        Study(Grid("g", {"sra": Variant("sra")}), {"model.size": "tiny/16"}, (0,)).check()
+    with pytest.raises(UserError, match="variant sra-as: .*every group needs at least one"):
+        Study(Grid("g", {"sra-as": Variant("sra-as")}), {"model.size": "tiny/8"}, (0,)).check()
     with pytest.raises(UserError, match=r"seeds is \(\)"):
         _study(seeds=())
     with pytest.raises(UserError, match="train_fractions is"):

@@ -10,6 +10,7 @@ from selfalign import recipe, resolve
 from selfalign.config import DataConfig
 from selfalign.data import open_data
 from selfalign.models.sit import SiT
+from selfalign.randomness import make_generator
 from selfalign.run import load_run
 from selfalign.training.heldout import heldout_loss
 
@@ -53,6 +54,59 @@ def test_every_image_meets_every_bin() -> None:
     assert len({(image, i % 10) for i, image in enumerate(split.seen)}) == 100
 
 
+class Noise:
+    """Images of which each has its own scale: some are harder than others, at every t."""
+
+    def __init__(self, seed: int, size: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randn(size, 1, 8, 8, generator=generator)
+        self.images = images * torch.rand(size, 1, 1, 1, generator=generator) * 3
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: list[int], seeds: None = None) -> tuple[Tensor, Tensor]:
+        return self.images[indices], torch.zeros(len(indices), dtype=torch.int64)
+
+
+@pytest.mark.parametrize("size", [20, 400])  # ten pairs of each image, and one
+def test_standard_error_is_the_spread_over_sets_of_images(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = resolve(recipe("sit", {"model.size": "tiny/4"}), 1, (8, 8), 10)
+    model = SiT.from_config(config)
+    losses = []
+    for seed in range(60):
+        monkeypatch.setattr("selfalign.training.heldout._SEED", seed)
+        losses.append(heldout_loss(model, Noise(seed, size), "linear", 200))
+    true = torch.tensor([loss.overall for loss in losses]).std().item()
+    squares = torch.tensor([loss.standard_error**2 for loss in losses])
+    assert squares.mean().sqrt().item() == pytest.approx(true, rel=0.25)
+    by_bin = torch.tensor([loss.by_timestep for loss in losses]).std(dim=0)
+    claimed = torch.tensor([loss.by_timestep_standard_errors for loss in losses])
+    typical = claimed.square().mean(dim=0).sqrt()
+    assert (typical / by_bin).mean().item() == pytest.approx(1, rel=0.25)
+
+
+def test_standard_error_combines_the_variances_within_bins() -> None:
+    """By hand, where every pair has an image of its own: an untrained model says 0 everywhere."""
+    source = Noise(0, 100)
+    config = resolve(recipe("sit", {"model.size": "tiny/4"}), 1, (8, 8), 10)
+    loss = heldout_loss(SiT.from_config(config), source, "linear", 40)
+    variances = []
+    for k in range(10):
+        errors = []
+        for i in range(k, 40, 10):
+            generator = make_generator(0, "heldout", i)
+            torch.rand(1, generator=generator)
+            noise = torch.randn(1, 8, 8, generator=generator)
+            errors.append((noise - source.images[i + i // 10]).square().mean())
+        variances.append(torch.stack(errors).double().var().item() / 4)
+    assert loss.standard_error == pytest.approx(sum(variances) ** 0.5 / 10, rel=1e-5)
+    expected = [variance**0.5 for variance in variances]
+    assert loss.by_timestep_standard_errors == pytest.approx(expected, rel=1e-5)
+
+
 def test_one_image_is_enough() -> None:
     source = open_data(DataConfig())
 
@@ -66,3 +120,4 @@ def test_one_image_is_enough() -> None:
     config = resolve(recipe("sit", {"model.size": "tiny/2"}), 1, (8, 8), 10)
     loss = heldout_loss(SiT.from_config(config), One(), "linear", 20)
     assert all(value > 0 for value in loss.by_timestep)
+    assert loss.standard_error == pytest.approx(0, abs=1e-9)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
@@ -52,15 +52,16 @@ class Records:
         rows = batch.view(len(indices), -1).numpy().view(np.uint8)
         size = self.layout.record_bytes // self.layout.shape[0]
         shards = np.searchsorted(self.ends, indices, side="right")
-        places = []
-        for index, view, shard in zip(indices, views, shards.tolist(), strict=True):
-            first = int(self.ends[shard - 1]) if shard else 0
-            offset = (index - first) * self.layout.record_bytes + view * size
-            places.append((self._file(shard), offset))
-        for file, offset in places:
+        firsts = np.concatenate([[0], self.ends])[shards]
+        offsets = (np.asarray(indices) - firsts) * self.layout.record_bytes + np.asarray(
+            views
+        ) * size
+        places = zip(map(self._file, shards.tolist()), offsets.tolist(), rows, strict=True)
+        waiting = [place for place in places if not _read_cached(*place)]
+        for file, offset, _ in waiting:
             # All reads of a batch are announced before the first waits for the disk.
             _advise(file, offset, size, "POSIX_FADV_WILLNEED")
-        for row, (file, offset) in zip(rows, places, strict=True):
+        for file, offset, row in waiting:
             try:
                 complete = os.preadv(file.fileno(), [row.data], offset) == size
             except OSError as error:
@@ -83,6 +84,16 @@ class Records:
         return self._files[shard]
 
 
+def _read_cached(file: BinaryIO, offset: int, row: np.ndarray) -> bool:
+    """Read what the page cache holds, in one call and without waiting; False if it does not hold all."""
+    if not hasattr(os, "RWF_NOWAIT"):  # Linux has it
+        return False
+    try:
+        return os.preadv(file.fileno(), [row.data], offset, os.RWF_NOWAIT) == row.nbytes
+    except OSError:  # not in the cache, or a file system that cannot tell
+        return False
+
+
 def _advise(file: BinaryIO, offset: int, length: int, advice: str) -> None:
     if hasattr(os, "posix_fadvise"):  # macOS has no such call; reading works without
         os.posix_fadvise(file.fileno(), offset, length, getattr(os, advice))
@@ -92,6 +103,7 @@ def _advise(file: BinaryIO, offset: int, length: int, advice: str) -> None:
 class StoredSplit:
     """One split of a stored set."""
 
+    reads_in_threads: ClassVar[bool] = True
     records: Records
     positions: np.ndarray
     """Of this split's images in the set."""

@@ -1,4 +1,4 @@
-"""Keep the memory that a step frees, for the next step to use."""
+"""Keep the memory that a training or sampling step frees, for the next step to use."""
 
 import ctypes
 import sys

@@ -87,7 +87,7 @@ def _agreement(difference: SeedMean) -> str:
     seeds, agreeing = len(difference.values), difference.agreeing
     if agreeing == seeds:
         return "both seeds agree" if seeds == 2 else f"all {count(seeds, 'seed')} agree"
-    return f"{agreeing} of {count(seeds, 'seed')} point{'s' * (agreeing == 1)} that way"
+    return f"{_word(agreeing)} of {count(seeds, 'seed')} point{'s' * (agreeing == 1)} that way"
 
 
 def _finding(metric: str, found: Difference) -> str:
@@ -258,7 +258,7 @@ def cost_sentence(cost: QualityCost, baseline: str) -> str:
     if not cost.reached:
         return f"{cost.variant} does not reach {target} in {count(seeds, 'seed')}."
     share = SeedMean(cost.relative_flops).mean
-    some = "" if cost.reached == seeds else f" in {cost.reached} of {count(seeds, 'seed')}"
+    some = "" if cost.reached == seeds else f" in {_word(cost.reached)} of {count(seeds, 'seed')}"
     return f"{cost.variant} reaches {target} with {number(share, 2)} × its arithmetic{some}."
 
 

@@ -23,6 +23,7 @@ from selfalign.study.report.tables import (
     all_variants,
     cost_table,
     effect_table,
+    trend_table,
     variant_table,
 )
 from selfalign.study.results import METRICS, StudyResults, read_results
@@ -70,6 +71,8 @@ class EfficiencyPanel:
     """Sample efficiency on one metric."""
 
     figure: Figure
+    table: TableView | None
+    """Of the effects by train fraction, if the grid has effects."""
     sentences: Sequence[str]
 
 
@@ -296,6 +299,7 @@ def _efficiency(
     analysis: Analysis, study: Study, styles: Mapping[str, int]
 ) -> list[tuple[EfficiencyPanel, list[Series]]]:
     panels = []
+    fractions = sorted(study.train_fractions)
     for metric, variants in analysis.efficiency.items():
         series = [
             Series(name, styles[name], list(points.items()))
@@ -305,15 +309,11 @@ def _efficiency(
         if not series:
             continue
         title = METRICS[metric].title
-        svg = line_chart(
-            series, "share of the training images", title, sorted(study.train_fractions)
-        )
-        told = [
-            f"{trend.effect.title}, {sentences.trend_sentence(trend)}"
-            for trend in analysis.trends
-            if trend.metric == metric
-        ]
-        panels.append((EfficiencyPanel(Figure(title, svg), told), series))
+        svg = line_chart(series, "share of the training images", title, fractions)
+        trends = [trend for trend in analysis.trends if trend.metric == metric]
+        told = [f"{t.effect.title}, {sentences.trend_sentence(t)}" for t in trends]
+        table = trend_table(trends, metric, fractions) if trends else None
+        panels.append((EfficiencyPanel(Figure(title, svg), table, told), series))
     return panels
 
 

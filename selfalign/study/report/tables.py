@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from selfalign.study.grid import Grid, Table
 from selfalign.study.results import METRICS
 from selfalign.study.sentences import mean_with_interval, number, percent, signed
-from selfalign.study.statistics import Analysis, EffectEstimate, QualityCost, SeedMean
+from selfalign.study.statistics import Analysis, EffectEstimate, QualityCost, SeedMean, Trend
 
 MISSING = "–"
 
@@ -136,6 +136,28 @@ def effect_table(title: str, estimates: Sequence[EffectEstimate]) -> TableView:
         Column("the paper’s claim"),
     )
     return TableView(f"{title}: with minus without, on every metric", columns, tuple(rows))
+
+
+def trend_table(trends: Sequence[Trend], metric: str, fractions: Sequence[float]) -> TableView:
+    """The effects on one metric at every train fraction, with minus without."""
+    rows = []
+    for trend in trends:
+        found = trend.by_fraction
+        cells = [_difference_cell(found[f].difference if f in found else None) for f in fractions]
+        name = Cell(trend.effect.title, kind="name")
+        rows.append((name, *cells, _difference_cell(trend.change)))
+    columns = (
+        Column("effect"),
+        *(Column(f"{100 * fraction:g} % of the images", numeric=True) for fraction in fractions),
+        Column("smallest minus largest", numeric=True),
+    )
+    title = f"Effects on the {METRICS[metric].title} by share of the training images"
+    return TableView(title, columns, tuple(rows))
+
+
+def _difference_cell(difference: SeedMean | None) -> Cell:
+    cell = _mean_cell(difference)
+    return Cell("+" + cell.text, cell.value) if (cell.value or 0) > 0 else cell
 
 
 def _with_range(values: Sequence[float], unit: float = 1.0, digits: int = 3) -> Cell:

@@ -1,0 +1,253 @@
+"""The report of a made-up study, read in a browser as a person would read it."""
+
+import itertools
+import json
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from study.synthetic import GRID, SETTINGS, write_synthetic_study
+
+from selfalign.cli.console import parse
+from selfalign.cli.train import TrainArguments
+from selfalign.recipes import recipe
+from selfalign.study.grid import Grid, Variant
+from selfalign.study.paper import PAPER, QUESTION
+from selfalign.study.plan import Study
+from selfalign.study.report import write_report
+from selfalign.study.report.provenance import study_command, train_command
+
+WIDTHS = (390, 1280)
+
+
+def _chromium(playwright) -> str:
+    """Playwright's own browser, or the system's."""
+    own = Path(playwright.chromium.executable_path)
+    found = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+    if not own.is_file() and found is None:
+        pytest.skip("no chromium: neither playwright's own, nor chromium or google-chrome on PATH")
+    return str(own) if own.is_file() else str(found)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    """Headless Chromium."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with api.sync_playwright() as playwright:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = playwright.chromium.launch(
+            executable_path=_chromium(playwright), args=options, timeout=120_000
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a study that is not finished: one run failed, two are waited for."""
+    folder = tmp_path_factory.mktemp("studies") / "small"
+    write_synthetic_study(
+        folder,
+        fractions=(0.25, 1.0),
+        keep=lambda variant, seed: not (variant == "sra-dts-as" and seed < 2),
+    )
+    return write_report(folder)
+
+
+@pytest.fixture(scope="module")
+def page(browser, report: Path) -> Iterator[object]:
+    """The report, opened, and what went wrong and over the network while it was."""
+    page = browser.new_page(viewport={"width": WIDTHS[-1], "height": 900})
+    page.errors, page.requests = [], []
+    page.on("console", lambda message: page.errors.append(message.text))
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.on("request", lambda request: page.requests.append(request.url))
+    page.goto(report.as_uri())
+    yield page
+    page.close()
+
+
+class TestInABrowser:
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    @pytest.mark.parametrize("width", WIDTHS)
+    def test_nothing_overflows(self, page, width, scheme):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.emulate_media(color_scheme=scheme)
+        for tab in page.locator("[role=tab]").all():
+            tab.click()
+            widest = page.evaluate("document.documentElement.scrollWidth")
+            assert widest <= width, f"wider than the window with {tab.inner_text()} open"
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (background == "rgb(253, 253, 251)") == (scheme == "light")
+
+    def test_text_is_large_enough_on_a_phone(self, page):
+        page.set_viewport_size({"width": 390, "height": 900})
+        smallest = page.evaluate(
+            "Math.min(...[...document.querySelectorAll('main *')].filter(e => e.checkVisibility() &&"
+            " [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())).map(e => {"
+            " const svg = e.closest('svg'), size = parseFloat(getComputedStyle(e).fontSize);"
+            " return svg ? size * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width"
+            " : size; }))"
+        )
+        assert smallest >= 9.5
+
+    def test_every_image_is_there_and_described(self, page):
+        images = page.evaluate(
+            "[...document.images].map(i => [i.naturalWidth, i.alt])"
+            ".concat([...document.querySelectorAll('svg[role=img]')].map(s => [1,"
+            " s.getAttribute('aria-label')]))"
+        )
+        assert len(images) > 6
+        assert all(width > 0 and description for width, description in images)
+        # Pictures within the diagrams have no naturalWidth: each is decoded on its own.
+        assert page.evaluate(
+            "Promise.all([...document.querySelectorAll('svg image')].map(async (i) => {"
+            " const copy = new Image(); copy.src = i.href.baseVal; await copy.decode();"
+            " return copy.naturalWidth > 0; })).then(all => all.length > 8 && all.every(Boolean))"
+        )
+
+    def test_sorting_sorts(self, page):
+        table = page.locator("table.sortable", has=page.get_by_text("Methods")).first
+        heading = table.locator("th", has_text="held-out denoising loss")
+
+        def shown() -> list[float]:
+            cells = table.locator(f"tbody tr td:nth-child({column})").all_inner_texts()
+            return [float(cell.split()[0]) for cell in cells]
+
+        column = 1 + heading.evaluate("cell => cell.cellIndex")
+        before = shown()
+        heading.get_by_role("button").click()
+        assert heading.get_attribute("aria-sort") == "ascending"
+        assert shown() == sorted(before) != before
+        heading.get_by_role("button").press("Enter")
+        assert heading.get_attribute("aria-sort") == "descending"
+        assert shown() == sorted(before, reverse=True)
+        figures = table.locator("th", has_text="paper: FID")
+        figures.get_by_role("button").click()
+        index = 1 + figures.evaluate("cell => cell.cellIndex")
+        texts = table.locator(f"tbody tr td:nth-child({index})").all_inner_texts()
+        assert texts == ["1.440", "1.580", "2.060", "–"], "what is missing stays last"
+
+    def test_tabs_by_click_and_keyboard(self, page):
+        tabs = page.locator("[role=tablist]").first.locator("[role=tab]")
+        assert tabs.all_inner_texts() == [effect.title for effect in GRID.effects]
+
+        def open_panels() -> list[str]:
+            panels = page.locator(".tabs").first.locator("[role=tabpanel]:visible")
+            return [
+                page.locator(f"#{p.get_attribute('aria-labelledby')}").inner_text()
+                for p in panels.all()
+            ]
+
+        tabs.nth(1).click()
+        assert open_panels() == ["Both"]
+        for key, expected in (
+            ("ArrowRight", "Unclaimed"),
+            ("ArrowRight", "Separation"),
+            ("ArrowLeft", "Unclaimed"),
+            ("Home", "Separation"),
+            ("End", "Unclaimed"),
+        ):
+            page.keyboard.press(key)
+            assert open_panels() == [expected]
+            assert page.evaluate("document.activeElement.textContent") == expected
+            assert page.evaluate("document.activeElement.getAttribute('aria-selected')") == "true"
+        assert tabs.nth(0).get_attribute("tabindex") == "-1"
+
+    def test_headings_are_in_order(self, page):
+        levels = page.evaluate(
+            "[...document.querySelectorAll('h1, h2, h3, h4')].map(h => Number(h.tagName[1]))"
+        )
+        assert levels[0] == 1 and levels.count(1) == 1
+        assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+
+    def test_answers_and_failures_are_told(self, page):
+        text = page.inner_text("main")
+        assert "The paper makes two claims. On the held-out denoising loss, " in text
+        assert "It improves the held-out denoising loss by " in text
+        assert "One seed cannot tell for the held-out denoising loss" in text
+        assert "What sets the variants of small apart?" in text
+        assert (
+            "This study is not complete. 20 of 24 runs are done, 2 failed, 2 are not there yet"
+            in text
+        )
+        assert "ValueError: <b>no</b> & nothing" in text
+        assert "cannot be told from one seed" in text, "of the trends"
+        assert "none is corrected for their number" in text
+        assert "another model, other data and another metric" in text
+
+    def test_paper_shows_what_a_screen_folds_away(self, page):
+        page.emulate_media(media="print")
+        try:
+            assert page.locator("[role=tabpanel]:visible").count() == len(GRID.effects) + 2
+            assert not page.locator("[role=tablist]:visible").count()
+        finally:
+            page.emulate_media(media="screen")
+
+    def test_no_errors_and_no_network(self, page, report):
+        assert page.errors == []
+        assert [url for url in page.requests if not url.startswith("data:")] == [report.as_uri()]
+
+
+class TestFiles:
+    def test_the_page_is_whole_and_small(self, report):
+        text = report.read_text()
+        assert len(text) < 4_000_000
+        assert 'src="http' not in text and "@import" not in text and str(report.parent) not in text
+
+    def test_the_numbers(self, report):
+        numbers = json.loads((report.parent / "report.json").read_text())
+        assert len(numbers["runs"]["done"]) == 20 and len(numbers["runs"]["failed"]) == 2
+        assert numbers["headline_metrics"] == ["heldout_loss", "fd_classifier"]
+        effect = numbers["effects"][0]
+        assert effect["outcome"] == "helps" and effect["paper"] == "supported"
+        low, high = effect["difference"]["interval"]
+        assert low < effect["difference"]["mean"] < high < 0
+        assert set(effect["difference"]["by_seed"]) == {"0", "1", "2"}
+        assert set(numbers["sample_efficiency"]["heldout_loss"]["sra"]) == {"0.25", "1"}
+        assert numbers["answers"].keys() == {effect.title for effect in GRID.effects}
+
+
+class TestOtherStudies:
+    def test_of_one_seed_nothing_done(self, tmp_path):
+        write_synthetic_study(tmp_path / "s", seeds=(0,), keep=lambda variant, seed: False)
+        assert "0 of 4 runs are done" in " ".join(write_report(tmp_path / "s").read_text().split())
+
+    def test_of_a_grid_without_effects_and_tables(self, tmp_path):
+        grid = Grid("bare", {"a": Variant("sit"), "b": Variant("sra")})
+        write_synthetic_study(tmp_path / "s", grid=grid, seeds=(0,), metrics=("fid", "recall"))
+        text = write_report(tmp_path / "s").read_text()
+        assert "This grid asks for no effect" in text and "All variants of bare" in text
+
+    def test_of_the_paper(self, tmp_path):
+        write_synthetic_study(tmp_path / "s", grid=PAPER, seeds=(0, 1))
+        text = write_report(tmp_path / "s").read_text()
+        assert f"<h1>{QUESTION}</h1>" in text and "paper: FID 800K" in text
+
+    def test_of_data_that_is_not_here(self, tmp_path):
+        settings = {**SETTINGS, "data.name": "folder", "data.root": "gone"}
+        write_synthetic_study(tmp_path / "s", settings=settings)
+        text = write_report(tmp_path / "s").read_text()
+        assert "There are no diagrams, as the data set could not be opened here" in text
+
+
+class TestCommands:
+    def test_a_runs_command_makes_its_config(self):
+        settings = {**SETTINGS, "training.trackers": (), "model.qk_norm": True}
+        study = Study(PAPER, settings, (3,), (0.5,))
+        for job in study.jobs():
+            program, command, name, *options = shlex.split(train_command(study, job))
+            assert (program, command) == ("selfalign", "train")
+            parsed = parse(TrainArguments, options, "train", "", config=recipe(name))
+            assert parsed.config == job.config
+
+    def test_a_studys_command_names_what_differs_from_its_profile(self):
+        study = Study(
+            PAPER, {**SETTINGS, "data.name": "digits"}, (0, 1), (0.5, 1.0), profile="laptop"
+        )
+        words = study_command(study)
+        assert words.startswith("selfalign study paper --out OUT --profile laptop --seeds 2 ")
+        assert "--data.train-fraction 0.5 1.0" in words and "--training.steps 400" in words
+        assert study_command(Study(PAPER, {}, (7,), profile="laptop")) == ""

@@ -7,6 +7,7 @@ taken seed by seed, and its interval is that of the mean of those differences.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, Literal
 
 from scipy.special import stdtrit
@@ -226,7 +227,7 @@ class QualityCost:
     flops: Mapping[int, float]
     """By seed, of those that reach it."""
     seconds: Mapping[int, float]
-    """Likewise; training steps alone."""
+    """Likewise; training steps alone, each at the median of the variant's runs."""
     relative_flops: Mapping[int, float]
     """Operations as a share of those of the baseline's whole run of the same seed."""
 
@@ -256,6 +257,8 @@ def quality_cost(
         for run in runs
         if run.variant in (variant, baseline) and run.curves.get(metric)
     }
+    # A step costs the same at every seed; what else a machine did meanwhile does not count.
+    paces = [run.seconds_per_step for (name, _), (run, _) in curves.items() if name == variant]
     steps: dict[int, float | None] = {}
     flops, seconds, relative = {}, {}, {}
     for seed in sorted({seed for _, seed in curves}):
@@ -268,7 +271,7 @@ def quality_cost(
         steps[seed] = step
         if step is not None:
             flops[seed] = step * run.flops_per_step
-            seconds[seed] = step * run.seconds_per_step
+            seconds[seed] = step * median(paces)
             relative[seed] = flops[seed] / (last_step * reference.flops_per_step)
     return QualityCost(variant, metric, steps, flops, seconds, relative) if steps else None
 

@@ -7,6 +7,7 @@ import gzip
 import io
 import math
 import pickle
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -85,9 +86,12 @@ def _locate(
 ) -> list[Path]:
     found = _find(names, folders)
     if found is None:
+        root_is_new = not root.exists()
         try:
             download()
         except Exception as error:
+            if root_is_new:  # the attempt made it, and nothing in it is whole
+                shutil.rmtree(root, ignore_errors=True)
             raise UserError(
                 f"data set {name} is not in data.root {str(root)!r} (looked for {names[0]}, with or "
                 f"without .gz) and could not be downloaded ({type(error).__name__})"

@@ -1,7 +1,10 @@
 """Files and folders that are there whole, or not at all."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+
+from selfalign.errors import UserError
 
 
 def publish(partial: Path, path: Path) -> None:
@@ -19,3 +22,24 @@ def _flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place and rename it, so that it is whole or absent.
+
+    Args:
+        path: the file.
+        write: writes it, under the name that it is given.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -29,6 +29,7 @@ from selfalign.config import (
 from selfalign.data import DataSource, open_data
 from selfalign.errors import UserError
 from selfalign.models.sit import SiT
+from selfalign.processes import main_process_first, together
 from selfalign.sampling.generate import SamplingConfig, generate, to_uint8
 from selfalign.sampling.pictures import column_labels, draw_curves, draw_grids
 from selfalign.training.checkpoint import latest_checkpoint, load_state, load_weights
@@ -65,20 +66,20 @@ def start_run(
         UserError: settings, data or folder do not allow it; nothing has been written.
     """
     accelerator = make_accelerator(config.training, folder)
-    if accelerator.is_main_process:
-        _refuse_used(folder)
-    with accelerator.main_process_first():  # one process downloads, or finds the files missing
-        source = open_data(config.data)
-    config = resolve(
-        config,
-        source.channels,
-        source.image_size,
-        source.num_classes,
-        accelerator.num_processes,
-    )
-    if accelerator.is_main_process:
-        write_config(folder, config, source)
-    accelerator.wait_for_everyone()
+    with together(accelerator):
+        if accelerator.is_main_process:
+            _refuse_used(folder)
+    source = main_process_first(accelerator, lambda: open_data(config.data))
+    with together(accelerator):
+        config = resolve(
+            config,
+            source.channels,
+            source.image_size,
+            source.num_classes,
+            accelerator.num_processes,
+        )
+        if accelerator.is_main_process:
+            write_config(folder, config, source)
     return _train(config, source, folder, accelerator, None, progress, monitors)
 
 

@@ -1,40 +1,19 @@
-"""Where downloaded weights, classifiers and reference statistics are kept, and how files are written."""
+"""Where downloaded weights, classifiers and reference statistics are kept, and arrays written."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from selfalign.errors import UserError
+from selfalign.disk import write_whole
 
 
 def cache_folder(kind: str) -> Path:
     """The folder `kind` in `$SELFALIGN_CACHE`, or in `~/.cache/selfalign`."""
     root = os.environ.get("SELFALIGN_CACHE")
     return (Path(root) if root else Path.home() / ".cache" / "selfalign") / kind
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place and rename it, so that it is whole or absent.
-
-    Args:
-        path: the file.
-        write: writes it, under the name that it is given.
-
-    Raises:
-        UserError: the disk is full or not writable.
-    """
-    partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor
 import selfalign
 from selfalign.config import DataConfig
 from selfalign.data import DataSource, open_data
+from selfalign.disk import write_whole
 from selfalign.errors import UserError
-from selfalign.evaluation.cache import write_whole
 from selfalign.evaluation.estimate import GROUPS, Estimate
 from selfalign.evaluation.features import FeatureNetwork, extract, feature_network
 from selfalign.evaluation.frechet import frechet_estimate

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from selfalign.evaluation.cache import write_arrays, write_whole
+from selfalign.disk import write_whole
+from selfalign.evaluation.cache import write_arrays
 from selfalign.evaluation.inputs import Array, ImageSet, open_images, open_npz
 from selfalign.processes import together
 from selfalign.run import LoadedRun

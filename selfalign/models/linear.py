@@ -2,7 +2,8 @@
 
 torch multiplies float32 matrices on CPUs with MKL, which uses AVX2 on AMD processors; oneDNN, which torch
 carries too, uses AVX-512 wherever there is AVX-512 and is up to 2.2 times as fast there
-(benchmarks/step.md). On other devices, in other dtypes and under the compiler this is torch's own layer.
+(benchmarks/step.md). The compiler sees that product as one opaque operation. On other devices and in
+other dtypes this is torch's own layer.
 """
 
 from typing import Any, Literal

@@ -21,8 +21,8 @@ from filelock import FileLock
 import selfalign
 from selfalign.benchmark.cost import step_cost
 from selfalign.data import open_data
+from selfalign.disk import write_whole
 from selfalign.errors import UserError
-from selfalign.evaluation.cache import write_whole
 from selfalign.evaluation.evaluate import EvaluationConfig, MetricName, default_features, evaluate
 from selfalign.evaluation.report import Evaluation
 from selfalign.inspect.probes import linear_probe

@@ -14,11 +14,11 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from selfalign.disk import write_whole
 from selfalign.errors import UserError
-from selfalign.evaluation.cache import write_whole
 from selfalign.study.job import mark_failed, run_job
 from selfalign.study.plan import Job, read_study
-from selfalign.study.results import FAILED_SUFFIX, RUNS, read_result
+from selfalign.study.results import FAILED_SUFFIX, RESULT_FILE, RUNS, read_result
 from selfalign.training.tracking import read_metrics
 
 POLL_SECONDS = 0.5
@@ -102,6 +102,10 @@ def launch(folder: Path, config: LaunchConfig) -> Iterator[Status]:
         while launcher.active():
             yield _status(folder, jobs, begun, launcher)
             time.sleep(POLL_SECONDS)
+        for job in todo:  # a cluster may end a job without asking it
+            result, failure = folder / RUNS / job.name / RESULT_FILE, _failure_file(folder, job)
+            if not result.is_file() and not failure.is_file():
+                mark_failed(folder, job.name, UserError("it ended without a result"))
         yield _status(folder, jobs, begun, launcher)
     finally:
         launcher.stop()
@@ -111,7 +115,7 @@ def _status(folder: Path, jobs: list[Job], begun: dict[str, float], launcher: La
     running = launcher.running()
     done, failed, progress, finished = 0, [], {}, 0.0
     for job in jobs:
-        if (folder / RUNS / job.name / "result.json").is_file():
+        if (folder / RUNS / job.name / RESULT_FILE).is_file():
             done += 1
             finished += 1 - begun[job.name] if job.name in begun else 0
         elif _failure_file(folder, job).is_file():
@@ -183,7 +187,7 @@ class LocalLauncher:
         mark = run.with_suffix(FAILED_SUFFIX)
         if code not in (0, 2) and not self._stopping and not mark.is_file():
             how = f"killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            write_whole(mark, lambda path: path.write_text(f"the process was {how}\n"))
+            mark_failed(self.folder, name, UserError(f"the process was {how}"))
 
     def running(self) -> set[str]:
         """See `Launcher.running`."""

@@ -10,8 +10,8 @@ from typing import Any
 import selfalign
 from selfalign.config import RunConfig, resolve
 from selfalign.data import open_data
+from selfalign.disk import write_whole
 from selfalign.errors import UserError
-from selfalign.evaluation.cache import write_whole
 from selfalign.recipes import recipe
 from selfalign.sampling.generate import SamplingConfig
 from selfalign.study.grid import Grid, grid_from_dict

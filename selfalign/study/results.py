@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from selfalign.disk import write_whole
 from selfalign.study.plan import Study, read_study
 
 RESULT_FILE = "result.json"
@@ -104,9 +105,8 @@ class RunResult:
 
 def write_result(folder: Path, result: RunResult) -> None:
     """Write a run's result.json, whole or not at all."""
-    partial = folder / f".{RESULT_FILE}.partial"
-    partial.write_text(json.dumps(asdict(result), indent=1) + "\n")
-    partial.replace(folder / RESULT_FILE)
+    text = json.dumps(asdict(result), indent=1) + "\n"
+    write_whole(folder / RESULT_FILE, lambda path: path.write_text(text))
 
 
 def read_result(folder: Path) -> RunResult | None:

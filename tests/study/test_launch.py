@@ -15,7 +15,7 @@ from selfalign import cli
 from selfalign.sampling.generate import SamplingConfig
 from selfalign.study.grid import Grid, Variant
 from selfalign.study.launch import LaunchConfig, launch
-from selfalign.study.plan import Measurement, Study, write_study
+from selfalign.study.plan import Job, Measurement, Study, write_study
 from selfalign.study.results import METRICS, StudyResults, read_results
 
 SETTINGS = {
@@ -135,6 +135,28 @@ def test_submitit_runs_the_same(finished: Path, tmp_path: Path) -> None:
     assert _without_clocks(own) == _without_clocks(whole)[1:]
     for status in launch(tmp_path, LaunchConfig(launcher="submitit-local")):
         assert status.done == 1, "what is done is not run again"
+
+
+def test_a_job_that_vanishes_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that a cluster ends for the memory it took."""
+
+    class Vanishing:
+        def submit(self, job: Job) -> None:
+            (tmp_path / "runs" / job.name).mkdir(parents=True)
+
+        def running(self) -> set[str]:
+            return set()
+
+        def active(self) -> bool:
+            return False
+
+        def stop(self) -> None:
+            pass
+
+    monkeypatch.setattr("selfalign.study.launch._make_launcher", lambda *_: Vanishing())
+    write_study(tmp_path, Study(Grid("one", {"sit": Variant("sit")}), SETTINGS, (0,)))
+    assert list(launch(tmp_path, LaunchConfig()))[-1].failed == ("sit/seed_0",)
+    assert read_results(tmp_path).failed[0].message == "it ended without a result"
 
 
 def test_slurm_where_there_is_none(

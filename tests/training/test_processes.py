@@ -15,7 +15,7 @@ OPTIONS = [
 ]
 
 
-def test_two_processes_train_one_run(tmp_path: Path) -> None:
+def _train_in_two_processes(out: Path) -> subprocess.CompletedProcess[str]:
     launch = [
         sys.executable,
         "-m",
@@ -24,10 +24,23 @@ def test_two_processes_train_one_run(tmp_path: Path) -> None:
         "--nproc-per-node",
         "2",
     ]
-    command = ["-m", "selfalign.cli", "train", "sra-dts-as", "--out", str(tmp_path / "run")]
-    done = subprocess.run(
+    command = ["-m", "selfalign.cli", "train", "sra-dts-as", "--out", str(out)]
+    return subprocess.run(
         [*launch, *command, *OPTIONS], capture_output=True, text=True, timeout=180, check=False
     )
+
+
+def test_a_used_folder_is_refused_once(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").touch()
+    done = _train_in_two_processes(tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("selfalign: error: ") == 1, done.stderr
+    assert "must be a new or an empty folder" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_two_processes_train_one_run(tmp_path: Path) -> None:
+    done = _train_in_two_processes(tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [2, 4, 4]  # two of training, one of held-out losses

@@ -9,8 +9,8 @@ from typing import Any
 import jinja2
 
 import selfalign
+from selfalign.disk import write_whole
 from selfalign.errors import UserError
-from selfalign.evaluation.cache import write_whole
 from selfalign.study import sentences
 from selfalign.study.grid import Effect
 from selfalign.study.paper import PAPER, QUESTION

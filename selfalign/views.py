@@ -47,10 +47,15 @@ class TokenGroups:
     """Whether the tokens of the other samples attend within their group only (Eq. 8 and 9)."""
 
     @property
+    def ends(self) -> tuple[int, ...]:
+        """Where each group's tokens end."""
+        return tuple(itertools.accumulate(self.sizes))
+
+    @property
     def slices(self) -> tuple[slice, ...]:
         """Where each group's tokens are."""
-        ends = list(itertools.accumulate(self.sizes))
-        return tuple(slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True))
+        ends = zip(self.ends, self.sizes, strict=True)
+        return tuple(slice(end - size, end) for end, size in ends)
 
     def sort(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """Bring tokens from image order into group order."""

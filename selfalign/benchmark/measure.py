@@ -28,8 +28,8 @@ from selfalign.benchmark.cost import (
     step_cost,
 )
 from selfalign.config import RunConfig, group_sizes, override
-from selfalign.models.linear import ONEDNN, product, weight_gradient
-from selfalign.models.modulation import add_gated, modulate
+from selfalign.models.linear import ONEDNN, linear_gradients, product
+from selfalign.models.modulation import add_gated, modulated_norm
 from selfalign.models.sit import SiT
 from selfalign.training.ema import EMA
 from selfalign.training.loop import make_accelerator
@@ -294,8 +294,7 @@ def _elementwise_seconds(config: RunConfig, device: torch.device, repetitions: i
     gradient, hidden_gradient = torch.randn_like(x), torch.randn_like(hidden)
 
     def half() -> None:
-        normed = functional.layer_norm(x, (width,), eps=1e-6)
-        outputs = (modulate(normed, shift, scale, groups), add_gated(x, gate, update, groups))
+        outputs = (modulated_norm(x, shift, scale, groups), add_gated(x, gate, update, groups))
         torch.autograd.grad(outputs, (x, shift, scale, gate, update), (gradient, gradient))
 
     def gelu() -> None:
@@ -339,7 +338,7 @@ def _products(layer: Linear, device: torch.device) -> tuple[Callable[[], Tensor]
     if ONEDNN and device.type == "cpu":
         return (
             lambda: product(x, weight, bias),
-            lambda: weight_gradient(grad, x),
+            lambda: linear_gradients(grad, x),
             lambda: product(grad, weight.t()),
         )
     return lambda: torch.addmm(bias, x, weight.t()), lambda: grad.t() @ x, lambda: grad @ weight

@@ -1,5 +1,6 @@
 """Self-attention over slices: full, or separated between token groups (Eq. 8 and 9)."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -8,11 +9,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
+from selfalign import kernels
 from selfalign.models.linear import Linear
 from selfalign.views import TokenGroups
 
-Part = tuple[slice, slice]
-"""A range of samples and a range of tokens."""
+Part = tuple[int, int, int, int]
+"""First and end sample, first and end token of a dense attention."""
 
 
 class Attention(nn.Module):
@@ -33,29 +35,45 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B N D"], groups: TokenGroups) -> Float[Tensor, "B N D"]:
         """Attend within the whole sequence, or within each group where `groups` separates them."""
-        batch, num_tokens, hidden_size = x.shape
-        qkv = self.qkv(x).view(batch, num_tokens, 3, self.heads, -1)
-        if groups.separate:
-            rest = slice(groups.whole, batch)
-            parts = [(rest, part) for part in groups.slices]
-            whole = [(slice(0, groups.whole), slice(0, num_tokens))] if groups.whole else []
-            attended = self._attend(qkv, (*whole, *parts))
-            out = torch.cat(attended[len(whole) :], dim=1)
-            if whole:
-                out = torch.cat([attended[0], out])
-        else:
-            (out,) = self._attend(qkv, ((slice(0, batch), slice(0, num_tokens)),))
-        return self.proj(out.reshape(batch, num_tokens, hidden_size))
+        batch, num_tokens, _ = x.shape
+        whole = groups.whole if groups.separate else batch
+        parts = [(0, whole, 0, num_tokens)] if whole else []
+        if whole < batch:
+            parts += [(whole, batch, part.start, part.stop) for part in groups.slices]
+        return self.proj(self._attend(self.qkv(x), tuple(parts)).flatten(2))
 
     def _attend(
-        self, qkv: Float[Tensor, "B N 3 H d"], parts: tuple[Part, ...]
-    ) -> list[Float[Tensor, "b n H d"]]:
-        """Full attention within each part."""
+        self, qkv: Float[Tensor, "B N 3D"], parts: tuple[Part, ...]
+    ) -> Float[Tensor, "B N H d"]:
+        """Dense attention within each part; the parts cover the batch, whole images first."""
+        fused = isinstance(self.q_norm, nn.Identity) and kernels.usable(qkv)
+        qkv = qkv.unflatten(2, (3, self.heads, -1))
+        if fused:
+            return _Attention.apply(qkv, tuple(itertools.chain.from_iterable(parts)))
         heads = _SplitHeads.apply(qkv, parts)
-        return [
+        attended = [
             scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v).transpose(1, 2)
             for q, k, v in zip(heads[0::3], heads[1::3], heads[2::3], strict=True)
         ]
+        whole = [out for out in attended if out.shape[1] == qkv.shape[1]]
+        separated = attended[len(whole) :]
+        return torch.cat([*whole, *([torch.cat(separated, dim=1)] if separated else [])])
+
+
+class _Attention(torch.autograd.Function):
+    """Dense attention within parts, straight from the product's output to the next one's input."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, parts: tuple[int, ...]) -> Tensor:
+        out, log_sums = kernels.attention(qkv, parts)
+        ctx.save_for_backward(qkv, out, log_sums)
+        ctx.parts = parts
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return kernels.attention_backward(grad, *ctx.saved_tensors, ctx.parts), None
 
 
 class _SplitHeads(torch.autograd.Function):
@@ -69,7 +87,9 @@ class _SplitHeads(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, parts: tuple[Part, ...]) -> tuple[Tensor, ...]:
         ctx.parts, ctx.shape = parts, qkv.shape
         return tuple(
-            qkv[samples, tokens, i].transpose(1, 2) for samples, tokens in parts for i in range(3)
+            qkv[first:end, begin:stop, i].transpose(1, 2)
+            for first, end, begin, stop in parts
+            for i in range(3)
         )
 
     @staticmethod
@@ -77,6 +97,6 @@ class _SplitHeads(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         grad = grads[0].new_empty(ctx.shape)
         for index, part_grad in enumerate(grads):
-            samples, tokens = ctx.parts[index // 3]
-            grad[samples, tokens, index % 3] = part_grad.transpose(1, 2)
+            first, end, begin, stop = ctx.parts[index // 3]
+            grad[first:end, begin:stop, index % 3] = part_grad.transpose(1, 2)
         return grad, None

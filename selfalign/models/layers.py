@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from selfalign.models.attention import Attention
 from selfalign.models.linear import Linear, LinearGelu, linear
-from selfalign.models.modulation import add_gated, modulate
+from selfalign.models.modulation import add_gated, modulated_norm
 from selfalign.views import TokenGroups
 
 
@@ -80,9 +80,7 @@ class SiTBlock(nn.Module):
 
     def __init__(self, hidden_size: int, heads: int, qk_norm: bool = False) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, heads, qk_norm)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(hidden_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 6 * hidden_size))
 
@@ -92,9 +90,9 @@ class SiTBlock(nn.Module):
         """Tokens in group order, and each group's condition."""
         modulation = self.adaLN_modulation(condition).chunk(6, dim=-1)
         attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        update = self.attn(modulate(self.norm1(x), attn_shift, attn_scale, groups), groups)
+        update = self.attn(modulated_norm(x, attn_shift, attn_scale, groups), groups)
         x = add_gated(x, attn_gate, update, groups)
-        update = self.mlp(modulate(self.norm2(x), mlp_shift, mlp_scale, groups))
+        update = self.mlp(modulated_norm(x, mlp_shift, mlp_scale, groups))
         return add_gated(x, mlp_gate, update, groups)
 
 
@@ -103,7 +101,6 @@ class FinalLayer(nn.Module):
 
     def __init__(self, hidden_size: int, patch_values: int) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.linear = Linear(hidden_size, patch_values)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 2 * hidden_size))
 
@@ -112,7 +109,7 @@ class FinalLayer(nn.Module):
     ) -> Float[Tensor, "B N P"]:
         """Tokens in group order, and each group's condition."""
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale, groups))
+        return self.linear(modulated_norm(x, shift, scale, groups))
 
 
 class ProjectionHead(nn.Module):

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from selfalign import kernels
+from selfalign.kernels.opaque import opaque
+
 ONEDNN = (
     torch.backends.mkldnn.is_available()
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -37,7 +40,7 @@ class LinearGelu(nn.Linear):
         """GELU(x·Wᵀ + b). Without gradients the product itself applies it, before it writes."""
         if _goes_through_onednn(input, self.weight) and not torch.is_grad_enabled():
             return _by_rows(input, self.weight, self.bias, "gelu")
-        return functional.gelu(linear(input, self.weight, self.bias), approximate="tanh")
+        return gelu(linear(input, self.weight, self.bias))
 
 
 def linear(
@@ -49,38 +52,49 @@ def linear(
     return functional.linear(x, weight, bias)
 
 
+def gelu(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+    """GELU in its tanh form."""
+    if not torch.compiler.is_compiling() and kernels.usable(x):
+        return _Gelu.apply(x)
+    return functional.gelu(x, approximate="tanh")
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return kernels.gelu(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return kernels.gelu_backward(grad, *ctx.saved_tensors)
+
+
+@opaque(
+    "(Tensor a, Tensor b, Tensor? bias=None, str activation='none') -> Tensor",
+    lambda a, b, bias=None, activation="none": a.new_empty(len(a), len(b)),
+)
 def product(
     a: Float[Tensor, "M K"],
     b: Float[Tensor, "N K"],
     bias: Float[Tensor, "N"] | None = None,
     activation: Literal["none", "gelu"] = "none",
 ) -> Float[Tensor, "M N"]:
-    """activation(a·bᵀ + bias) of float32 matrices on a CPU. Copies `a` unless it is contiguous."""
-    if torch.compiler.is_compiling():
-        return _opaque_product(a, b, bias, activation)
-    return torch.ops.mkldnn._linear_pointwise(a, b, bias, activation, [], "tanh")
+    """activation(a·bᵀ + bias) of float32 matrices on a CPU. Copies `a` unless it is contiguous.
 
-
-@torch.library.custom_op("selfalign::product", mutates_args=())
-def _opaque_product(a: Tensor, b: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """`product` for the compiler, which would otherwise copy `b` unless it is contiguous."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, bias, activation, [], "tanh")
-
-
-@_opaque_product.register_fake
-def _(a: Tensor, b: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    return a.new_empty(len(a), len(b))
-
-
-def weight_gradient(grad: Float[Tensor, "M N"], x: Float[Tensor, "M K"]) -> Float[Tensor, "N K"]:
-    """gradᵀ·x, or the transpose of xᵀ·grad: whichever way transposes fewer numbers.
-
-    `product` transposes its first matrix, and autograd copies a transposed gradient once more.
+    Opaque to the compiler, which would otherwise copy `b` unless it is contiguous.
     """
-    (rows, outputs), inputs = grad.shape, x.shape[1]
-    if rows * outputs <= (rows + outputs) * inputs:
-        return product(grad.t(), x.t())
-    return product(x.t(), grad.t()).t()
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, activation, [], "tanh")
+
+
+def linear_gradients(
+    grad: Float[Tensor, "M N"], x: Float[Tensor, "M K"]
+) -> tuple[Float[Tensor, "N K"], Float[Tensor, "N"]]:
+    """gradᵀ·x and the sums of grad's columns: the gradients of a linear layer's weight and bias."""
+    if kernels.usable(grad, x):
+        return kernels.linear_gradients(grad, x)
+    return product(grad.t(), x.t()), grad.sum(dim=0)
 
 
 def _goes_through_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -108,12 +122,6 @@ class _OneDnnLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_x = grad_weight = grad_bias = None
         rows = grad.flatten(0, -2)
-        if ctx.needs_input_grad[0]:
-            grad_x = product(rows, weight.t()).view(x.shape)
-        if ctx.needs_input_grad[1]:
-            grad_weight = weight_gradient(rows, x.flatten(0, -2))
-        if ctx.needs_input_grad[2]:
-            grad_bias = rows.sum(dim=0)
-        return grad_x, grad_weight, grad_bias
+        grad_x = product(rows, weight.t()).view(x.shape) if ctx.needs_input_grad[0] else None
+        return grad_x, *linear_gradients(rows, x.flatten(0, -2))

@@ -11,20 +11,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
+from selfalign import kernels
 from selfalign.views import TokenGroups
 
 
-def modulate(
+def modulated_norm(
     x: Float[Tensor, "B N D"],
     shift: Float[Tensor, "B K D"],
     scale: Float[Tensor, "B K D"],
     groups: TokenGroups,
 ) -> Float[Tensor, "B N D"]:
-    """x·(1 + scale) + shift, with each group's scale and shift (DiT, adaLN)."""
+    """norm(x)·(1 + scale) + shift, with each group's scale and shift (DiT, adaLN)."""
+    if not torch.compiler.is_compiling() and kernels.usable(x, shift, scale):
+        return _ModulatedNorm.apply(x, shift, scale, groups.ends)
+    normed = functional.layer_norm(x, x.shape[-1:], eps=kernels.EPSILON)
     if torch.compiler.is_compiling():
-        return x * groups.broadcast(1 + scale) + groups.broadcast(shift)
-    return _Modulate.apply(x, shift, 1 + scale, groups.slices)
+        return normed * groups.broadcast(1 + scale) + groups.broadcast(shift)
+    return _Modulate.apply(normed, shift, 1 + scale, groups.slices)
 
 
 def add_gated(
@@ -36,7 +41,36 @@ def add_gated(
     """x + gate·update, with each group's gate (DiT, adaLN-Zero)."""
     if torch.compiler.is_compiling():
         return x + groups.broadcast(gate) * update
+    if kernels.usable(x, gate, update):
+        return _FusedAddGated.apply(x, gate, update, groups.ends)
     return _AddGated.apply(x, gate, update, groups.slices)
+
+
+class _ModulatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, ends: tuple[int, ...]) -> Tensor:
+        out, moments = kernels.modulated_norm(x, shift, scale, ends)
+        ctx.save_for_backward(x, moments, scale)
+        ctx.ends = ends
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *kernels.modulated_norm_backward(grad, *ctx.saved_tensors, ctx.ends), None
+
+
+class _FusedAddGated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, update: Tensor, ends: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(gate, update)
+        ctx.ends = ends
+        return kernels.add_gated(x, gate, update, ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, *kernels.add_gated_backward(grad, *ctx.saved_tensors, ctx.ends), None
 
 
 class _Modulate(torch.autograd.Function):

@@ -1,0 +1,244 @@
+"""What a float32 step on a CPU does between its large products, in one pass each.
+
+torch runs attention at a third of the rate that such a processor multiplies at, and spends a pass over
+memory, or a slow tanh, on every small operation (benchmarks/step.md). Here are the same functions
+compiled from `cpu.cpp`, forward and backward. Callers ask `usable` first and have the plain formula of
+torch for all other devices, dtypes and machines.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from selfalign.kernels.build import library
+from selfalign.kernels.opaque import opaque
+
+WIDTH = 16
+"""Rows of D numbers are worked on if D is a multiple of this."""
+EPSILON = 1e-6
+"""Added to the variance, as in SiT's norms."""
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the kernels can work on these: real float32 tensors on a CPU, in rows of whole vectors."""
+    return (
+        all(
+            tensor.device.type == "cpu"
+            and tensor.dtype == torch.float32
+            and type(tensor) in (Tensor, nn.Parameter)
+            and tensor.shape[-1] % WIDTH == 0
+            for tensor in tensors
+        )
+        and not torch.is_autocast_enabled("cpu")
+        and available()
+    )
+
+
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether there are compiled kernels on this machine."""
+    return library() is not None
+
+
+@opaque(
+    "(Tensor qkv, int[] parts) -> (Tensor, Tensor)",
+    lambda qkv, parts: (
+        qkv.new_empty(*qkv.shape[:2], *qkv.shape[3:]),
+        qkv.new_empty(qkv.shape[0], qkv.shape[3], qkv.shape[1]),
+    ),
+)
+def attention(
+    qkv: Float[Tensor, "B N 3 H d"], parts: Sequence[int]
+) -> tuple[Float[Tensor, "B N H d"], Float[Tensor, "B H N"]]:
+    """softmax(q·kᵀ/√d)·v within each part, and the logarithms of the softmax's denominators.
+
+    Args:
+        qkv: queries, keys and values.
+        parts: four numbers each: first and end sample, first and end token. Together they cover
+            every token once.
+    """
+    batch, tokens, _, heads, features = qkv.shape
+    qkv = qkv.contiguous()
+    out = qkv.new_empty(batch, tokens, heads, features)
+    log_sums = qkv.new_empty(batch, heads, tokens)
+    _call(
+        "attention_forward",
+        *(qkv, out, log_sums),
+        *(_numbers(tuple(parts)), len(parts) // 4, tokens, heads, features),
+    )
+    return out, log_sums
+
+
+@opaque(
+    "(Tensor grad, Tensor qkv, Tensor out, Tensor log_sums, int[] parts) -> Tensor",
+    lambda grad, qkv, out, log_sums, parts: qkv.new_empty(qkv.shape),
+)
+def attention_backward(
+    grad: Float[Tensor, "B N H d"],
+    qkv: Float[Tensor, "B N 3 H d"],
+    out: Float[Tensor, "B N H d"],
+    log_sums: Float[Tensor, "B H N"],
+    parts: Sequence[int],
+) -> Float[Tensor, "B N 3 H d"]:
+    """Gradient of `attention` with respect to `qkv`, from its results."""
+    _, tokens, _, heads, features = qkv.shape
+    grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    _call(
+        "attention_backward",
+        *(qkv.contiguous(), out, log_sums, grad.contiguous(), grad_qkv),
+        *(_numbers(tuple(parts)), len(parts) // 4, tokens, heads, features),
+    )
+    return grad_qkv
+
+
+def modulated_norm(
+    x: Float[Tensor, "B N D"],
+    shift: Float[Tensor, "B K D"],
+    scale: Float[Tensor, "B K D"],
+    ends: tuple[int, ...],
+) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N 2"]]:
+    """norm(x)·(1 + scale) + shift, and each token's mean and inverse standard deviation.
+
+    Args:
+        x: tokens in group order.
+        shift, scale: per group, with equal strides.
+        ends: where each group's tokens end.
+    """
+    x = x.contiguous()
+    out, moments = torch.empty_like(x), x.new_empty(*x.shape[:2], 2)
+    _call(
+        "modulated_norm_forward",
+        *(x, shift, scale, *_strides(shift, scale), out, moments),
+        *(_numbers(ends), len(x), x.shape[1], len(ends), x.shape[2], EPSILON),
+    )
+    return out, moments
+
+
+def modulated_norm_backward(
+    grad: Float[Tensor, "B N D"],
+    x: Float[Tensor, "B N D"],
+    moments: Float[Tensor, "B N 2"],
+    scale: Float[Tensor, "B K D"],
+    ends: tuple[int, ...],
+) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B K D"], Float[Tensor, "B K D"]]:
+    """Gradients of `modulated_norm` with respect to x, shift and scale."""
+    grad, x = grad.contiguous(), x.contiguous()
+    grad_x = torch.empty_like(x)
+    grad_shift, grad_scale = (x.new_empty(scale.shape) for _ in range(2))
+    _call(
+        "modulated_norm_backward",
+        *(grad, x, moments, scale, *_strides(scale), grad_x, grad_shift, grad_scale),
+        *(_numbers(ends), len(x), x.shape[1], len(ends), x.shape[2]),
+    )
+    return grad_x, grad_shift, grad_scale
+
+
+def add_gated(
+    x: Float[Tensor, "B N D"],
+    gate: Float[Tensor, "B K D"],
+    update: Float[Tensor, "B N D"],
+    ends: tuple[int, ...],
+) -> Float[Tensor, "B N D"]:
+    """x + gate·update, with each group's gate. Arguments as for `modulated_norm`."""
+    x, update = x.contiguous(), update.contiguous()
+    out = torch.empty_like(x)
+    _call(
+        "add_gated_forward",
+        *(x, gate, update, *_strides(gate), out),
+        *(_numbers(ends), len(x), x.shape[1], len(ends), x.shape[2]),
+    )
+    return out
+
+
+def add_gated_backward(
+    grad: Float[Tensor, "B N D"],
+    gate: Float[Tensor, "B K D"],
+    update: Float[Tensor, "B N D"],
+    ends: tuple[int, ...],
+) -> tuple[Float[Tensor, "B K D"], Float[Tensor, "B N D"]]:
+    """Gradients of `add_gated` with respect to gate and update; that of x is `grad`."""
+    grad, update = grad.contiguous(), update.contiguous()
+    grad_gate, grad_update = grad.new_empty(gate.shape), torch.empty_like(update)
+    _call(
+        "add_gated_backward",
+        *(grad, gate, update, *_strides(gate), grad_gate, grad_update),
+        *(_numbers(ends), len(grad), grad.shape[1], len(ends), grad.shape[2]),
+    )
+    return grad_gate, grad_update
+
+
+def gelu(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+    """GELU in its tanh form."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    _call("gelu_forward", x, out, x.numel())
+    return out
+
+
+def gelu_backward(
+    grad: Float[Tensor, "... D"], x: Float[Tensor, "... D"]
+) -> Float[Tensor, "... D"]:
+    """Gradient of `gelu`."""
+    grad, x = grad.contiguous(), x.contiguous()
+    grad_x = torch.empty_like(x)
+    _call("gelu_backward", grad, x, grad_x, x.numel())
+    return grad_x
+
+
+@opaque(
+    "(Tensor grad, Tensor x) -> (Tensor, Tensor)",
+    lambda grad, x: (grad.new_empty(grad.shape[1], x.shape[1]), grad.new_empty(grad.shape[1])),
+)
+def linear_gradients(
+    grad: Float[Tensor, "M N"], x: Float[Tensor, "M K"]
+) -> tuple[Float[Tensor, "N K"], Float[Tensor, "N"]]:
+    """gradᵀ·x and the sums of grad's columns: the gradients of a linear layer's weight and bias."""
+    grad, x = grad.contiguous(), x.contiguous()
+    (rows, outputs), inputs = grad.shape, x.shape[1]
+    grad_weight, grad_bias = grad.new_empty(outputs, inputs), grad.new_empty(outputs)
+    _call("linear_gradients", grad, x, grad_weight, grad_bias, rows, outputs, inputs)
+    return grad_weight, grad_bias
+
+
+def _strides(*conditions: Tensor) -> tuple[int, int]:
+    strides = {condition.stride() for condition in conditions}
+    (stride,) = strides
+    assert stride[2] == 1, "the features of a condition lie side by side"
+    return stride[:2]
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Call a kernel; tensors are passed by their addresses."""
+    _function(name)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
+
+
+_ARGUMENTS = {
+    "attention_forward": "aaaaiiii",
+    "attention_backward": "aaaaaaiiii",
+    "modulated_norm_forward": "aaaiiaaaiiiif",
+    "modulated_norm_backward": "aaaaiiaaaaiiii",
+    "add_gated_forward": "aaaiiaaiiii",
+    "add_gated_backward": "aaaiiaaaiiii",
+    "gelu_forward": "aai",
+    "gelu_backward": "aaai",
+    "linear_gradients": "aaaaiii",
+}
+"""What each function of `cpu.cpp` takes: addresses, whole numbers and float32 numbers."""
+_TYPES = {"a": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+
+
+@functools.cache
+def _function(name: str) -> Callable[..., None]:
+    function = getattr(library(), name)
+    function.restype, function.argtypes = None, [_TYPES[kind] for kind in _ARGUMENTS[name]]
+    return function
+
+
+@functools.cache
+def _numbers(values: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)

@@ -1,0 +1,573 @@
+// Float32 kernels for CPUs with AVX-512 or AVX2: what a training step does between its large products.
+//
+// Every number is a function of the inputs alone: sums are taken in a fixed order, whatever the number
+// of threads. All arrays are row-major; letters are those of the Python side: B samples, N tokens,
+// K groups, H heads, d features of a head, D features of a token.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <omp.h>
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int64_t LANES = 16, PANEL = 4;
+#else
+constexpr int64_t LANES = 8, PANEL = 2;
+#endif
+constexpr int64_t BYTES = 4 * LANES;
+
+typedef float vec __attribute__((vector_size(BYTES)));
+typedef int32_t ivec __attribute__((vector_size(BYTES)));
+typedef float unaligned_vec __attribute__((vector_size(BYTES), aligned(4), may_alias));
+
+inline vec load(const float* from) { return *reinterpret_cast<const unaligned_vec*>(from); }
+inline void store(float* to, vec x) { *reinterpret_cast<unaligned_vec*>(to) = x; }
+inline vec all(float x) { return vec{} + x; }
+inline vec max(vec a, vec b) { return a > b ? a : b; }
+
+inline float sum(vec x) {
+    for (int64_t half = LANES / 2; half; half /= 2)
+        for (int64_t i = 0; i < half; i++) x[i] += x[i + half];
+    return x[0];
+}
+
+inline float max(vec x) {
+    float top = x[0];
+    for (int64_t i = 1; i < LANES; i++) top = std::max(top, static_cast<float>(x[i]));
+    return top;
+}
+
+// e^x within 2 units in the last place; x is clamped to where float32 has normal numbers.
+inline vec exponential(vec x) {
+    x = x < all(-87.0f) ? all(-87.0f) : x;
+    x = x > all(88.0f) ? all(88.0f) : x;
+    // Adding 1.5 * 2^23 rounds to whole numbers, and leaves them in the lowest bits.
+    const vec rounded = x * 1.44269504f + 12582912.0f;
+    const vec n = rounded - 12582912.0f;
+    vec r = x - n * 0.693359375f;  // ln 2 in two parts
+    r = r + n * 2.12194440e-4f;
+    vec p = all(1.9875691500e-4f);  // the series, its coefficients fitted (Cephes, expf)
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * reinterpret_cast<vec>((reinterpret_cast<ivec>(rounded) + 127) << 23);
+}
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Memory for one thread, handed out in aligned pieces.
+class Scratch {
+  public:
+    explicit Scratch(int64_t floats)
+        : base_(static_cast<float*>(std::aligned_alloc(64, 4 * round_up(floats, 16)))), next_(base_) {}
+    ~Scratch() { std::free(base_); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    float* take(int64_t floats) {
+        float* piece = next_;
+        next_ += round_up(floats, 16);
+        return piece;
+    }
+
+  private:
+    float *base_, *next_;
+};
+
+// ---- Small matrices, which stay in the cache.
+
+// C (+)= A B for `rows` x (LANES * columns) of C. A has any strides.
+template <int rows, int columns, bool add>
+inline void multiply_tile(int64_t depth, const float* A, int64_t a_row, int64_t a_column,
+                          const float* B, int64_t b_row, float* C, int64_t c_row) {
+    vec c[rows][columns];
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < columns; j++) c[i][j] = add ? load(C + i * c_row + j * LANES) : vec{};
+    for (int64_t k = 0; k < depth; k++) {
+        vec b[columns];
+        for (int j = 0; j < columns; j++) b[j] = load(B + k * b_row + j * LANES);
+        for (int i = 0; i < rows; i++) {
+            const vec a = all(A[i * a_row + k * a_column]);
+            for (int j = 0; j < columns; j++) c[i][j] += a * b[j];
+        }
+    }
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < columns; j++) store(C + i * c_row + j * LANES, c[i][j]);
+}
+
+template <int columns, bool add>
+void multiply_panel(int64_t rows, int64_t depth, const float* A, int64_t a_row, int64_t a_column,
+                    const float* B, int64_t b_row, float* C, int64_t c_row) {
+    int64_t i = 0;
+    for (; i + 6 <= rows; i += 6)
+        multiply_tile<6, columns, add>(depth, A + i * a_row, a_row, a_column, B, b_row,
+                                       C + i * c_row, c_row);
+    for (; i + 2 <= rows; i += 2)
+        multiply_tile<2, columns, add>(depth, A + i * a_row, a_row, a_column, B, b_row,
+                                       C + i * c_row, c_row);
+    for (; i < rows; i++)
+        multiply_tile<1, columns, add>(depth, A + i * a_row, a_row, a_column, B, b_row,
+                                       C + i * c_row, c_row);
+}
+
+// C (+)= A B; `columns` is a multiple of LANES.
+template <bool add>
+void multiply(int64_t rows, int64_t columns, int64_t depth, const float* A, int64_t a_row,
+              int64_t a_column, const float* B, int64_t b_row, float* C, int64_t c_row) {
+    int64_t j = 0;
+    for (; j + PANEL * LANES <= columns; j += PANEL * LANES)
+        multiply_panel<PANEL, add>(rows, depth, A, a_row, a_column, B + j, b_row, C + j, c_row);
+    for (; j + 2 * LANES <= columns; j += 2 * LANES)
+        multiply_panel<2, add>(rows, depth, A, a_row, a_column, B + j, b_row, C + j, c_row);
+    for (; j < columns; j += LANES)
+        multiply_panel<1, add>(rows, depth, A, a_row, a_column, B + j, b_row, C + j, c_row);
+}
+
+// The first or the second halves of a and b, number by number in turn.
+template <bool second>
+inline vec interleave(vec a, vec b) {
+    ivec pick;
+    for (int64_t i = 0; i < LANES; i++)
+        pick[i] = i / 2 + i % 2 * LANES + (second ? LANES / 2 : 0);
+    return __builtin_shuffle(a, b, pick);
+}
+
+// A LANES x LANES block, transposed in registers: every round interleaves upper and lower rows.
+inline void transpose_block(const float* in, int64_t in_row, float* out, int64_t out_row) {
+    vec rows[LANES], mixed[LANES];
+    for (int64_t i = 0; i < LANES; i++) rows[i] = load(in + i * in_row);
+    for (int64_t round = 1; round < LANES; round *= 2) {
+        for (int64_t i = 0; i < LANES / 2; i++) {
+            mixed[2 * i] = interleave<false>(rows[i], rows[i + LANES / 2]);
+            mixed[2 * i + 1] = interleave<true>(rows[i], rows[i + LANES / 2]);
+        }
+        std::copy(mixed, mixed + LANES, rows);
+    }
+    for (int64_t i = 0; i < LANES; i++) store(out + i * out_row, rows[i]);
+}
+
+void transpose_part(int64_t rows, int64_t columns, const float* in, int64_t in_row, float* out,
+                    int64_t out_row) {
+    for (int64_t i = 0; i < rows; i += LANES)
+        for (int64_t j = 0; j < columns; j += LANES) {
+            if (i + LANES <= rows && j + LANES <= columns) {
+                transpose_block(in + i * in_row + j, in_row, out + j * out_row + i, out_row);
+                continue;
+            }
+            for (int64_t a = i; a < std::min(i + LANES, rows); a++)
+                for (int64_t b = j; b < std::min(j + LANES, columns); b++)
+                    out[b * out_row + a] = in[a * in_row + b];
+        }
+}
+
+// ---- Attention.
+
+constexpr int64_t QUERIES = 48, KEYS = 256;  // a tile of scores: 48 KiB
+
+// Copies rows of `features` numbers, and fills each up to `width` with zeros.
+void pack(int64_t rows, int64_t features, int64_t width, const float* in, int64_t in_row,
+          float* out) {
+    for (int64_t i = 0; i < rows; i++) {
+        std::memcpy(out + i * width, in + i * in_row, 4 * features);
+        std::memset(out + i * width + features, 0, 4 * (width - features));
+    }
+}
+
+// Transposes rows of `features` numbers, and fills each of the results up to `width` with zeros.
+void pack_transposed(int64_t rows, int64_t features, int64_t width, const float* in,
+                     int64_t in_row, float* out) {
+    transpose_part(rows, features, in, in_row, out, width);
+    for (int64_t j = 0; j < features; j++)
+        std::memset(out + j * width + rows, 0, 4 * (width - rows));
+}
+
+// Where a part's tokens of one sample and head begin, in q, k, v of shape (B, N, 3, H, d) and in
+// an array of shape (B, N, H, d).
+struct Place {
+    int64_t sample, head, first, tokens;
+    Place(const int64_t* part, int64_t task, int64_t H)
+        : sample(part[0] + task / H), head(task % H), first(part[2]), tokens(part[3] - part[2]) {}
+    int64_t in_qkv(int64_t N, int64_t H, int64_t d) const {
+        return (sample * N + first) * 3 * H * d + head * d;
+    }
+    int64_t in_out(int64_t N, int64_t H, int64_t d) const {
+        return (sample * N + first) * H * d + head * d;
+    }
+    int64_t in_rows(int64_t N, int64_t H) const { return (sample * H + head) * N + first; }
+};
+
+}  // namespace
+
+extern "C" {
+
+// Softmax attention within each part, tile by tile with a running maximum (FlashAttention).
+// `parts`: four numbers each: first and end sample, first and end token.
+// `log_sums` (B, H, N): logarithm of each query's sum of exponentials, for the backward pass.
+void attention_forward(const float* qkv, float* out, float* log_sums, const int64_t* parts,
+                       int64_t num_parts, int64_t N, int64_t H, int64_t d) {
+    const int64_t qkv_row = 3 * H * d, out_row = H * d, width = round_up(d, LANES);
+    const float scale = 1 / std::sqrt(static_cast<float>(d));
+    for (const int64_t* part = parts; part < parts + 4 * num_parts; part += 4) {
+        const int64_t n = part[3] - part[2], padded = round_up(n, LANES);
+#pragma omp parallel
+        {
+            Scratch scratch((d + width) * padded + QUERIES * (KEYS + width + 2) + 128);
+            float *keys = scratch.take(d * padded), *values = scratch.take(n * width),
+                  *scores = scratch.take(QUERIES * KEYS), *sums = scratch.take(QUERIES * width),
+                  *top = scratch.take(QUERIES), *total = scratch.take(QUERIES);
+#pragma omp for schedule(dynamic)
+            for (int64_t task = 0; task < (part[1] - part[0]) * H; task++) {
+                const Place place(part, task, H);
+                const float* q = qkv + place.in_qkv(N, H, d);
+                pack_transposed(n, d, padded, q + H * d, qkv_row, keys);
+                pack(n, d, width, q + 2 * H * d, qkv_row, values);
+                for (int64_t i0 = 0; i0 < n; i0 += QUERIES) {
+                    const int64_t rows = std::min(QUERIES, n - i0);
+                    std::fill(top, top + rows, -INFINITY);
+                    std::fill(total, total + rows, 0.0f);
+                    std::fill(sums, sums + rows * width, 0.0f);
+                    for (int64_t j0 = 0; j0 < n; j0 += KEYS) {
+                        const int64_t columns = std::min(KEYS, n - j0);
+                        const int64_t wide = round_up(columns, LANES);
+                        multiply<false>(rows, wide, d, q + i0 * qkv_row, qkv_row, 1, keys + j0,
+                                        padded, scores, KEYS);
+                        for (int64_t i = 0; i < rows; i++) {
+                            float* row = scores + i * KEYS;
+                            std::fill(row + columns, row + wide, -INFINITY);
+                            vec tops = load(row);
+                            for (int64_t j = LANES; j < wide; j += LANES)
+                                tops = max(load(row + j), tops);
+                            const float new_top = std::max(max(tops) * scale, top[i]);
+                            vec totals = {};
+                            for (int64_t j = 0; j < wide; j += LANES) {
+                                const vec x = exponential(load(row + j) * scale - new_top);
+                                store(row + j, x);
+                                totals += x;
+                            }
+                            for (int64_t j = columns; j < wide; j++) totals[j % LANES] -= row[j];
+                            if (j0) {
+                                const float shrink = std::exp(top[i] - new_top);
+                                total[i] *= shrink;
+                                for (int64_t j = 0; j < width; j += LANES)
+                                    store(sums + i * width + j, load(sums + i * width + j) * shrink);
+                            }
+                            total[i] += sum(totals);
+                            top[i] = new_top;
+                        }
+                        multiply<true>(rows, width, columns, scores, KEYS, 1, values + j0 * width,
+                                       width, sums, width);
+                    }
+                    for (int64_t i = 0; i < rows; i++) {
+                        float* to = out + place.in_out(N, H, d) + (i0 + i) * out_row;
+                        for (int64_t j = 0; j < d; j++) to[j] = sums[i * width + j] / total[i];
+                        log_sums[place.in_rows(N, H) + i0 + i] = top[i] + std::log(total[i]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Gradient of `attention_forward` with respect to q, k and v, written to (B, N, 3, H, d).
+void attention_backward(const float* qkv, const float* out, const float* log_sums,
+                        const float* grad, float* grad_qkv, const int64_t* parts,
+                        int64_t num_parts, int64_t N, int64_t H, int64_t d) {
+    const int64_t qkv_row = 3 * H * d, out_row = H * d, width = round_up(d, LANES);
+    const float scale = 1 / std::sqrt(static_cast<float>(d));
+    for (const int64_t* part = parts; part < parts + 4 * num_parts; part += 4) {
+        const int64_t n = part[3] - part[2];
+#pragma omp parallel
+        {
+            Scratch scratch(n * (3 * width + 1) + KEYS * (2 * d + 3 * width) + 2 * QUERIES * KEYS + 256);
+            float *queries = scratch.take(n * width), *grad_out = scratch.take(n * width),
+                  *grad_queries = scratch.take(n * width), *inner = scratch.take(n),
+                  *keys_t = scratch.take(d * KEYS), *values_t = scratch.take(d * KEYS),
+                  *keys = scratch.take(KEYS * width), *grad_keys = scratch.take(KEYS * width),
+                  *grad_values = scratch.take(KEYS * width),
+                  *weights = scratch.take(QUERIES * KEYS),
+                  *grad_scores = scratch.take(QUERIES * KEYS);
+#pragma omp for schedule(dynamic)
+            for (int64_t task = 0; task < (part[1] - part[0]) * H; task++) {
+                const Place place(part, task, H);
+                const float *q = qkv + place.in_qkv(N, H, d), *k = q + H * d, *v = k + H * d;
+                const float *o = out + place.in_out(N, H, d), *g = grad + place.in_out(N, H, d);
+                const float* log_sum = log_sums + place.in_rows(N, H);
+                float *gq = grad_qkv + place.in_qkv(N, H, d), *gk = gq + H * d, *gv = gk + H * d;
+                pack(n, d, width, q, qkv_row, queries);
+                pack(n, d, width, g, out_row, grad_out);
+                std::fill(grad_queries, grad_queries + n * width, 0.0f);
+                for (int64_t i = 0; i < n; i++) {
+                    inner[i] = 0;
+                    for (int64_t j = 0; j < d; j++)
+                        inner[i] += o[i * out_row + j] * g[i * out_row + j];
+                }
+                for (int64_t j0 = 0; j0 < n; j0 += KEYS) {
+                    const int64_t columns = std::min(KEYS, n - j0);
+                    const int64_t wide = round_up(columns, LANES);
+                    pack_transposed(columns, d, wide, k + j0 * qkv_row, qkv_row, keys_t);
+                    pack_transposed(columns, d, wide, v + j0 * qkv_row, qkv_row, values_t);
+                    pack(columns, d, width, k + j0 * qkv_row, qkv_row, keys);
+                    std::fill(grad_keys, grad_keys + columns * width, 0.0f);
+                    std::fill(grad_values, grad_values + columns * width, 0.0f);
+                    for (int64_t i0 = 0; i0 < n; i0 += QUERIES) {
+                        const int64_t rows = std::min(QUERIES, n - i0);
+                        multiply<false>(rows, wide, d, queries + i0 * width, width, 1, keys_t, wide,
+                                        weights, KEYS);
+                        multiply<false>(rows, wide, d, grad_out + i0 * width, width, 1, values_t,
+                                        wide, grad_scores, KEYS);
+                        for (int64_t i = 0; i < rows; i++)
+                            for (int64_t j = 0; j < wide; j += LANES) {
+                                float *w = weights + i * KEYS + j, *s = grad_scores + i * KEYS + j;
+                                const vec x = exponential(load(w) * scale - log_sum[i0 + i]);
+                                store(w, x);
+                                store(s, x * (load(s) - inner[i0 + i]) * scale);
+                            }
+                        multiply<true>(columns, width, rows, weights, 1, KEYS,
+                                       grad_out + i0 * width, width, grad_values, width);
+                        multiply<true>(columns, width, rows, grad_scores, 1, KEYS,
+                                       queries + i0 * width, width, grad_keys, width);
+                        multiply<true>(rows, width, columns, grad_scores, KEYS, 1, keys, width,
+                                       grad_queries + i0 * width, width);
+                    }
+                    for (int64_t i = 0; i < columns; i++) {
+                        std::memcpy(gk + (j0 + i) * qkv_row, grad_keys + i * width, 4 * d);
+                        std::memcpy(gv + (j0 + i) * qkv_row, grad_values + i * width, 4 * d);
+                    }
+                }
+                for (int64_t i = 0; i < n; i++)
+                    std::memcpy(gq + i * qkv_row, grad_queries + i * width, 4 * d);
+            }
+        }
+    }
+}
+
+}  // extern "C"
+
+// ---- Work per token, between the products. D is a multiple of LANES.
+
+namespace {
+
+constexpr int64_t CHUNK = 64;  // tokens per task: their sums are added up afterwards, in order
+
+// A range of tokens of one sample and group.
+struct Chunk {
+    int64_t sample, group, first, end;
+};
+
+// The groups' tokens, cut into chunks. `ends` (K) says where the groups end.
+class Chunks {
+  public:
+    Chunks(int64_t B, const int64_t* ends, int64_t K) : B_(B), K_(K), ends_(ends) {
+        for (int64_t k = 0; k < K; k++)
+            per_group_ = std::max(per_group_, (ends[k] - first(k) + CHUNK - 1) / CHUNK);
+    }
+    int64_t count() const { return B_ * K_ * per_group_; }
+    int64_t per_group() const { return per_group_; }
+    Chunk operator[](int64_t i) const {
+        const int64_t group = i / per_group_ % K_, begin = first(group) + i % per_group_ * CHUNK;
+        return {i / per_group_ / K_, group, std::min(begin, ends_[group]),
+                std::min(begin + CHUNK, ends_[group])};
+    }
+
+  private:
+    int64_t first(int64_t k) const { return k ? ends_[k - 1] : 0; }
+    int64_t B_, K_, per_group_ = 1;
+    const int64_t* ends_;
+};
+
+// out[r] = sum over the `each` rows of `partial` that belong to r; rows of D numbers, `apart` apart.
+void add_partial_sums(const float* partial, int64_t apart, int64_t rows, int64_t each, int64_t D,
+                      float* out) {
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = 0; j < D; j += LANES) {
+            vec x = load(partial + r * each * apart + j);
+            for (int64_t i = 1; i < each; i++) x += load(partial + (r * each + i) * apart + j);
+            store(out + r * D + j, x);
+        }
+}
+
+}  // namespace
+
+extern "C" {
+
+// out = norm(x) * (1 + scale) + shift; x (B, N, D), scale and shift (B, K, D) with these strides.
+// `moments` (B, N, 2) are each token's mean and inverse standard deviation.
+void modulated_norm_forward(const float* x, const float* shift, const float* scale,
+                            int64_t sample_stride, int64_t group_stride, float* out,
+                            float* moments, const int64_t* ends, int64_t B, int64_t N, int64_t K,
+                            int64_t D, float epsilon) {
+    const Chunks chunks(B, ends, K);
+#pragma omp parallel for schedule(static)
+    for (int64_t c = 0; c < chunks.count(); c++) {
+        const Chunk chunk = chunks[c];
+        const int64_t condition = chunk.sample * sample_stride + chunk.group * group_stride;
+        for (int64_t t = chunk.first; t < chunk.end; t++) {
+            const int64_t row = chunk.sample * N + t;
+            const float* from = x + row * D;
+            vec sums = {};
+            for (int64_t j = 0; j < D; j += LANES) sums += load(from + j);
+            const float mean = sum(sums) / D;
+            vec squares = {};
+            for (int64_t j = 0; j < D; j += LANES) {
+                const vec centred = load(from + j) - mean;
+                squares += centred * centred;
+            }
+            const float inverse = 1 / std::sqrt(sum(squares) / D + epsilon);
+            for (int64_t j = 0; j < D; j += LANES) {
+                const vec normed = (load(from + j) - mean) * inverse;
+                store(out + row * D + j,
+                      normed * (load(scale + condition + j) + 1.0f) + load(shift + condition + j));
+            }
+            moments[2 * row] = mean;
+            moments[2 * row + 1] = inverse;
+        }
+    }
+}
+
+void modulated_norm_backward(const float* grad, const float* x, const float* moments,
+                             const float* scale, int64_t sample_stride, int64_t group_stride,
+                             float* grad_x, float* grad_shift, float* grad_scale,
+                             const int64_t* ends, int64_t B, int64_t N, int64_t K, int64_t D) {
+    const Chunks chunks(B, ends, K);
+    Scratch scratch(2 * chunks.count() * D);
+    float* partial = scratch.take(2 * chunks.count() * D);
+    std::fill(partial, partial + 2 * chunks.count() * D, 0.0f);
+#pragma omp parallel for schedule(static)
+    for (int64_t c = 0; c < chunks.count(); c++) {
+        const Chunk chunk = chunks[c];
+        const float* scales =
+            scale + chunk.sample * sample_stride + chunk.group * group_stride;
+        float *shifts = partial + 2 * c * D, *products = shifts + D;
+        for (int64_t t = chunk.first; t < chunk.end; t++) {
+            const int64_t row = chunk.sample * N + t;
+            const float mean = moments[2 * row], inverse = moments[2 * row + 1];
+            const float *g = grad + row * D, *from = x + row * D;
+            vec sums = {}, inner = {};
+            for (int64_t j = 0; j < D; j += LANES) {
+                const vec up = load(g + j), normed = (load(from + j) - mean) * inverse;
+                store(shifts + j, load(shifts + j) + up);
+                store(products + j, load(products + j) + up * normed);
+                const vec scaled = up * (load(scales + j) + 1.0f);
+                sums += scaled;
+                inner += scaled * normed;
+            }
+            const float average = sum(sums) / D, along = sum(inner) / D;
+            for (int64_t j = 0; j < D; j += LANES) {
+                const vec normed = (load(from + j) - mean) * inverse;
+                const vec scaled = load(g + j) * (load(scales + j) + 1.0f);
+                store(grad_x + row * D + j, (scaled - average - normed * along) * inverse);
+            }
+        }
+    }
+    add_partial_sums(partial, 2 * D, B * K, chunks.per_group(), D, grad_shift);
+    add_partial_sums(partial + D, 2 * D, B * K, chunks.per_group(), D, grad_scale);
+}
+
+// out = x + gate * update; gate (B, K, D) with these strides, the rest (B, N, D).
+void add_gated_forward(const float* x, const float* gate, const float* update,
+                       int64_t sample_stride, int64_t group_stride, float* out,
+                       const int64_t* ends, int64_t B, int64_t N, int64_t K, int64_t D) {
+    const Chunks chunks(B, ends, K);
+#pragma omp parallel for schedule(static)
+    for (int64_t c = 0; c < chunks.count(); c++) {
+        const Chunk chunk = chunks[c];
+        const float* gates = gate + chunk.sample * sample_stride + chunk.group * group_stride;
+        for (int64_t t = chunk.first; t < chunk.end; t++)
+            for (int64_t j = 0, at = (chunk.sample * N + t) * D; j < D; j += LANES, at += LANES)
+                store(out + at, load(x + at) + load(gates + j) * load(update + at));
+    }
+}
+
+void add_gated_backward(const float* grad, const float* gate, const float* update,
+                        int64_t sample_stride, int64_t group_stride, float* grad_gate,
+                        float* grad_update, const int64_t* ends, int64_t B, int64_t N, int64_t K,
+                        int64_t D) {
+    const Chunks chunks(B, ends, K);
+    Scratch scratch(chunks.count() * D);
+    float* partial = scratch.take(chunks.count() * D);
+    std::fill(partial, partial + chunks.count() * D, 0.0f);
+#pragma omp parallel for schedule(static)
+    for (int64_t c = 0; c < chunks.count(); c++) {
+        const Chunk chunk = chunks[c];
+        const float* gates = gate + chunk.sample * sample_stride + chunk.group * group_stride;
+        float* sums = partial + c * D;
+        for (int64_t t = chunk.first; t < chunk.end; t++)
+            for (int64_t j = 0, at = (chunk.sample * N + t) * D; j < D; j += LANES, at += LANES) {
+                store(grad_update + at, load(gates + j) * load(grad + at));
+                store(sums + j, load(sums + j) + load(grad + at) * load(update + at));
+            }
+    }
+    add_partial_sums(partial, D, B * K, chunks.per_group(), D, grad_gate);
+}
+
+// GELU in its tanh form, x / (1 + e^(-2u)) with u = sqrt(2 / pi) (x + 0.044715 x^3).
+// `count` is a multiple of LANES, here and below.
+void gelu_forward(const float* x, float* out, int64_t count) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < count; i += LANES) {
+        const vec a = load(x + i);
+        const vec u = a * (a * a * 0.0356774081f + 0.7978845608f);
+        store(out + i, a / (exponential(u * -2.0f) + 1.0f));
+    }
+}
+
+void gelu_backward(const float* grad, const float* x, float* grad_x, int64_t count) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < count; i += LANES) {
+        const vec a = load(x + i), square = a * a;
+        const vec u = a * (square * 0.0356774081f + 0.7978845608f);
+        const vec share = 1.0f / (exponential(u * -2.0f) + 1.0f);
+        const vec slope = square * 0.1070322243f + 0.7978845608f;
+        store(grad_x + i,
+              load(grad + i) * share * (a * (1.0f - share) * slope * 2.0f + 1.0f));
+    }
+}
+
+// ---- The gradient of a linear layer's weight and bias.
+
+// grad_weight (N, K) = gradᵀ x and grad_bias (N) = the sum over the rows of grad, for grad (M, N) and
+// x (M, K). Nothing is transposed: tiles take their columns of grad with a stride. N and K are
+// multiples of LANES; every number is summed over the rows in order, however the work is divided.
+void linear_gradients(const float* grad, const float* x, float* grad_weight, float* grad_bias,
+                      int64_t M, int64_t N, int64_t K) {
+    constexpr int64_t DEPTH = 256, ROWS = 96;
+    const int64_t down = (N + ROWS - 1) / ROWS;
+    int64_t columns = 384;  // of grad_weight in a task: fewer where there are too few tasks
+    while (columns > 96 && down * ((K + columns - 1) / columns) < 2 * omp_get_max_threads())
+        columns /= 2;
+    const int64_t across = (K + columns - 1) / columns;
+#pragma omp parallel
+    {
+        Scratch scratch(ROWS * DEPTH);
+        float* packed = scratch.take(ROWS * DEPTH);
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < down * across; task++) {
+            const int64_t n0 = task % down * ROWS, n = std::min(ROWS, N - n0);
+            const int64_t k0 = task / down * columns, k = std::min(columns, K - k0);
+            float* to = grad_weight + n0 * K + k0;
+            if (k0 == 0) std::fill(grad_bias + n0, grad_bias + n0 + n, 0.0f);
+            for (int64_t m0 = 0; m0 < M; m0 += DEPTH) {
+                const int64_t m = std::min(DEPTH, M - m0);
+                pack(m, n, n, grad + m0 * N + n0, N, packed);
+                for (int64_t j = 0; j < n && k0 == 0; j += LANES) {
+                    vec sums = load(grad_bias + n0 + j);
+                    for (int64_t i = 0; i < m; i++) sums += load(packed + i * n + j);
+                    store(grad_bias + n0 + j, sums);
+                }
+                if (m0)
+                    multiply<true>(n, k, m, packed, 1, n, x + m0 * K + k0, K, to, K);
+                else
+                    multiply<false>(n, k, m, packed, 1, n, x + m0 * K + k0, K, to, K);
+            }
+        }
+    }
+}
+
+}  // extern "C"

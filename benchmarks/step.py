@@ -28,7 +28,8 @@ from reference import ReferenceSiT, reference_losses, reference_sde, update_ema
 
 from selfalign import RunConfig, draw_views, make_generator, recipe, resolve
 from selfalign.benchmark.cost import step_cost
-from selfalign.benchmark.measure import StepBenchmark, make_model, measure_limit, measure_rates
+from selfalign.benchmark.limit import StepLimit, measure_limit, measure_rates
+from selfalign.benchmark.measure import StepBenchmark, make_model
 from selfalign.benchmark.sampling import measure_sampling_limit
 from selfalign.config import DataConfig
 from selfalign.data import Split, open_data, training_batches
@@ -130,26 +131,25 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.4g} [{min(values):.4g}, {max(values):.4g}]"
 
 
-def against_limit(
-    config: RunConfig, step: StepBenchmark | None = None
-) -> tuple[list[float], dict[str, Any]]:
-    """Share of the limit in several rounds; the limit is measured anew around each round."""
-    step = step or StepBenchmark(config)
-    for _ in range(3):
-        step()
-    shares, seconds, rates = [], [], []
-    for _ in range(PAIRS):
-        limit = measure_limit(config, repetitions=3)
-        taken = statistics.median(step() for _ in range(3))
-        shares.append(limit.seconds / taken)
-        seconds.append(taken)
-        rates.append(limit.gemm_flops_per_second)
-    details = {
-        "seconds_per_step": spread(seconds),
-        "gemm_gflops": spread([rate / 1e9 for rate in rates]),
-        "flops_per_step": step_cost(config, config.training.batch_size).flops,
-    }
-    return shares, details
+def against_limit(config: RunConfig, step: StepBenchmark) -> dict[str, Any]:
+    """Share of the limit: the products alone, and the step, in turn; the same with torch's products."""
+    flops = step_cost(config, config.training.batch_size).flops
+    results: dict[str, Any] = {"flops_per_step": flops}
+    for plain, name in ((False, "limit"), (True, "limit_of_torch")):
+        measure, rates = StepLimit(config, plain=plain), []
+        step(), step(), measure()
+        shares, seconds = [], []
+        for _ in range(2 * PAIRS):
+            limit, taken = measure(), step()
+            shares.append(limit.seconds / taken)
+            seconds.append(taken)
+            rates.append(limit.gemm_flops_per_second / 1e9)
+        results |= {
+            f"share_of_{name}": spread(shares),
+            f"gemm_gflops_of_{name}": spread(rates),
+            f"seconds_per_step_beside_{name}": spread(seconds),
+        }
+    return results
 
 
 def tokens_256() -> dict[str, Any]:
@@ -174,12 +174,10 @@ def _against_both(config: RunConfig) -> dict[str, Any]:
     ratios = [b / a for a, b in zip(own, other, strict=True)]
     del reference
     gc.collect()
-    shares, details = against_limit(config, product)
     return {
-        "share_of_limit": spread(shares),
+        **against_limit(config, product),
         "speed_against_reference": spread(ratios),
         "reference_seconds": spread(other),
-        **details,
     }
 
 
@@ -252,12 +250,11 @@ def tiny() -> dict[str, Any]:
     """The demo's step: tiny/1 on digits, batch 64."""
     config = make_config("sra-dts-as", "tiny", 1, 8, 64)
     step = StepBenchmark(config)
-    shares, details = against_limit(config, step)
+    limits = against_limit(config, step)
     pieces = [step.parts() for _ in range(15)]
     parts = {name: statistics.median(piece[name] for piece in pieces) for name in pieces[0]}
     return {
-        "share_of_limit": spread(shares),
-        **details,
+        **limits,
         "milliseconds_by_part": {name: round(1e3 * s, 2) for name, s in parts.items()},
     }
 

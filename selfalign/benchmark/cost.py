@@ -16,13 +16,14 @@ UPDATE_BYTES_PER_PARAMETER = {
     "AdamW": 7 * FLOAT_BYTES,  # weight, gradient, two moments read; all but the gradient written
     "EMA": 3 * FLOAT_BYTES,  # weight and average read, average written
 }
-# Features of one token that a block reads and writes, besides products and attention.
-BLOCK_PASSES_FORWARD = 22
-"""Two norms (2 each), two modulations (2 each), two gates (3 each), GELU over the hidden layer (8)."""
-CHAIN_PASSES_BACKWARD = 42
-"""Two norms (3 each), two modulations (7 each), two gates (5 each), GELU (12)."""
-BLOCK_PASSES_BACKWARD = CHAIN_PASSES_BACKWARD + 21
-"""Besides: two sums at the residual branches (3 each), q, k, v put together (6), bias gradients (9)."""
+# Features of one token that a block reads and writes, besides products and attention, where every chain
+# of operations is one pass (kernels/cpu.cpp, or what a compiler makes of them).
+BLOCK_PASSES_FORWARD = 18
+"""Two modulated norms (2 each), two gates (3 each), GELU over the hidden layer (8)."""
+RESIDUAL_PASSES_BACKWARD = 6
+"""Two sums where a residual branch leaves (3 each)."""
+BLOCK_PASSES_BACKWARD = 24 + RESIDUAL_PASSES_BACKWARD
+"""Two modulated norms (3 each), two gates (3 each), GELU (12), and the sums."""
 ATTENTION_BACKWARD = 2.5
 """Products in the backward pass of fused attention, which recomputes QKᵀ, per forward product."""
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from selfalign.benchmark.measure import make_model, measure_pass_limit, synchronize
+from selfalign.benchmark.limit import measure_pass_limit, synchronize
+from selfalign.benchmark.measure import make_model
 from selfalign.config import RunConfig
 from selfalign.sampling.generate import SamplingConfig, generate
 from selfalign.sampling.guidance import Guidance

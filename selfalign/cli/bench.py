@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from rich.table import Table
 
 from selfalign.benchmark.cost import Rates, step_cost
-from selfalign.benchmark.measure import measure_limit, peak_memory_mb, time_step
+from selfalign.benchmark.limit import measure_limit
+from selfalign.benchmark.measure import peak_memory_mb, time_step
 from selfalign.benchmark.sampling import time_sampling
 from selfalign.cli.console import console, parse
 from selfalign.config import RunConfig, resolve

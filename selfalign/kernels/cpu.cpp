@@ -34,30 +34,34 @@ inline float sum(vec x) {
         for (int64_t i = 0; i < half; i++) x[i] += x[i + half];
     return x[0];
 }
-
 inline float max(vec x) {
     float top = x[0];
     for (int64_t i = 1; i < LANES; i++) top = std::max(top, static_cast<float>(x[i]));
     return top;
 }
-
-// e^x within 2 units in the last place; x is clamped to where float32 has normal numbers.
-inline vec exponential(vec x) {
-    x = x < all(-87.0f) ? all(-87.0f) : x;
-    x = x > all(88.0f) ? all(88.0f) : x;
+// 2^x within 2 units in the last place; x is clamped to where float32 has normal numbers.
+inline vec power_of_two(vec x) {
+    x = max(x, all(-126.0f));
     // Adding 1.5 * 2^23 rounds to whole numbers, and leaves them in the lowest bits.
-    const vec rounded = x * 1.44269504f + 12582912.0f;
-    const vec n = rounded - 12582912.0f;
-    vec r = x - n * 0.693359375f;  // ln 2 in two parts
-    r = r + n * 2.12194440e-4f;
-    vec p = all(1.9875691500e-4f);  // the series, its coefficients fitted (Cephes, expf)
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    const vec rounded = x + 12582912.0f;
+    const vec r = x - (rounded - 12582912.0f);
+    vec p = all(1.535336188319500e-4f);  // 2^r on [-1/2, 1/2], coefficients fitted (Cephes, exp2f)
+    p = p * r + 1.339887440266574e-3f;
+    p = p * r + 9.618437357674640e-3f;
+    p = p * r + 5.550332471162809e-2f;
+    p = p * r + 2.402264791363012e-1f;
+    p = p * r + 6.931472028550421e-1f;
+    p = p * r + 1.0f;
     return p * reinterpret_cast<vec>((reinterpret_cast<ivec>(rounded) + 127) << 23);
+}
+
+inline float dot(const float* a, const float* b, int64_t n) {
+    vec sums = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) sums += load(a + i) * load(b + i);
+    float total = sum(sums);
+    for (; i < n; i++) total += a[i] * b[i];
+    return total;
 }
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -169,14 +173,22 @@ void transpose_part(int64_t rows, int64_t columns, const float* in, int64_t in_r
 // ---- Attention.
 
 constexpr int64_t QUERIES = 48, KEYS = 256;  // a tile of scores: 48 KiB
+constexpr float LOG2_E = 1.44269504f;
 
 // Copies rows of `features` numbers, and fills each up to `width` with zeros.
-void pack(int64_t rows, int64_t features, int64_t width, const float* in, int64_t in_row,
-          float* out) {
+inline void pack(int64_t rows, int64_t features, int64_t width, const float* in, int64_t in_row,
+                 float* out) {
     for (int64_t i = 0; i < rows; i++) {
         std::memcpy(out + i * width, in + i * in_row, 4 * features);
         std::memset(out + i * width + features, 0, 4 * (width - features));
     }
+}
+
+// Multiplies rows of `features` numbers by a factor.
+inline void scale(int64_t rows, int64_t features, float factor, const float* in, int64_t in_row,
+                  float* out, int64_t out_row) {
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < features; j++) out[i * out_row + j] = in[i * in_row + j] * factor;
 }
 
 // Transposes rows of `features` numbers, and fills each of the results up to `width` with zeros.
@@ -206,67 +218,74 @@ struct Place {
 
 extern "C" {
 
-// Softmax attention within each part, tile by tile with a running maximum (FlashAttention).
+// Softmax attention within each part, tile by tile with a running maximum (FlashAttention). Scores are
+// in units of ln 2, since powers of two are cheaper than powers of e.
 // `parts`: four numbers each: first and end sample, first and end token.
 // `log_sums` (B, H, N): logarithm of each query's sum of exponentials, for the backward pass.
 void attention_forward(const float* qkv, float* out, float* log_sums, const int64_t* parts,
                        int64_t num_parts, int64_t N, int64_t H, int64_t d) {
     const int64_t qkv_row = 3 * H * d, out_row = H * d, width = round_up(d, LANES);
-    const float scale = 1 / std::sqrt(static_cast<float>(d));
+    const float factor = LOG2_E / std::sqrt(static_cast<float>(d));
     for (const int64_t* part = parts; part < parts + 4 * num_parts; part += 4) {
         const int64_t n = part[3] - part[2], padded = round_up(n, LANES);
 #pragma omp parallel
         {
-            Scratch scratch((d + width) * padded + QUERIES * (KEYS + width + 2) + 128);
+            Scratch scratch((d + width) * padded + QUERIES * (KEYS + d + width + 2) + 128);
             float *keys = scratch.take(d * padded), *values = scratch.take(n * width),
-                  *scores = scratch.take(QUERIES * KEYS), *sums = scratch.take(QUERIES * width),
-                  *top = scratch.take(QUERIES), *total = scratch.take(QUERIES);
+                  *queries = scratch.take(QUERIES * d), *scores = scratch.take(QUERIES * KEYS),
+                  *sums = scratch.take(QUERIES * width), *top = scratch.take(QUERIES),
+                  *total = scratch.take(QUERIES);
 #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < (part[1] - part[0]) * H; task++) {
                 const Place place(part, task, H);
-                const float* q = qkv + place.in_qkv(N, H, d);
-                pack_transposed(n, d, padded, q + H * d, qkv_row, keys);
-                pack(n, d, width, q + 2 * H * d, qkv_row, values);
+                const float *q = qkv + place.in_qkv(N, H, d), *k = q + H * d, *v = k + H * d;
+                pack_transposed(n, d, padded, k, qkv_row, keys);
+                pack(n, d, width, v, qkv_row, values);
                 for (int64_t i0 = 0; i0 < n; i0 += QUERIES) {
                     const int64_t rows = std::min(QUERIES, n - i0);
+                    scale(rows, d, factor, q + i0 * qkv_row, qkv_row, queries, d);
                     std::fill(top, top + rows, -INFINITY);
                     std::fill(total, total + rows, 0.0f);
-                    std::fill(sums, sums + rows * width, 0.0f);
                     for (int64_t j0 = 0; j0 < n; j0 += KEYS) {
                         const int64_t columns = std::min(KEYS, n - j0);
                         const int64_t wide = round_up(columns, LANES);
-                        multiply<false>(rows, wide, d, q + i0 * qkv_row, qkv_row, 1, keys + j0,
-                                        padded, scores, KEYS);
+                        multiply<false>(rows, wide, d, queries, d, 1, keys + j0, padded, scores,
+                                        KEYS);
                         for (int64_t i = 0; i < rows; i++) {
                             float* row = scores + i * KEYS;
                             std::fill(row + columns, row + wide, -INFINITY);
                             vec tops = load(row);
                             for (int64_t j = LANES; j < wide; j += LANES)
                                 tops = max(load(row + j), tops);
-                            const float new_top = std::max(max(tops) * scale, top[i]);
+                            const float new_top = std::max(max(tops), top[i]);
                             vec totals = {};
                             for (int64_t j = 0; j < wide; j += LANES) {
-                                const vec x = exponential(load(row + j) * scale - new_top);
+                                const vec x = power_of_two(load(row + j) - new_top);
                                 store(row + j, x);
                                 totals += x;
                             }
                             for (int64_t j = columns; j < wide; j++) totals[j % LANES] -= row[j];
                             if (j0) {
-                                const float shrink = std::exp(top[i] - new_top);
+                                const float shrink = std::exp2(top[i] - new_top);
                                 total[i] *= shrink;
-                                for (int64_t j = 0; j < width; j += LANES)
-                                    store(sums + i * width + j, load(sums + i * width + j) * shrink);
+                                scale(1, width, shrink, sums + i * width, width, sums + i * width,
+                                      width);
                             }
                             total[i] += sum(totals);
                             top[i] = new_top;
                         }
-                        multiply<true>(rows, width, columns, scores, KEYS, 1, values + j0 * width,
-                                       width, sums, width);
+                        const float* seen = values + j0 * width;
+                        if (j0)
+                            multiply<true>(rows, width, columns, scores, KEYS, 1, seen, width, sums,
+                                           width);
+                        else
+                            multiply<false>(rows, width, columns, scores, KEYS, 1, seen, width,
+                                            sums, width);
                     }
                     for (int64_t i = 0; i < rows; i++) {
-                        float* to = out + place.in_out(N, H, d) + (i0 + i) * out_row;
-                        for (int64_t j = 0; j < d; j++) to[j] = sums[i * width + j] / total[i];
-                        log_sums[place.in_rows(N, H) + i0 + i] = top[i] + std::log(total[i]);
+                        scale(1, d, 1 / total[i], sums + i * width, width,
+                              out + place.in_out(N, H, d) + (i0 + i) * out_row, out_row);
+                        log_sums[place.in_rows(N, H) + i0 + i] = top[i] + std::log2(total[i]);
                     }
                 }
             }
@@ -279,7 +298,7 @@ void attention_backward(const float* qkv, const float* out, const float* log_sum
                         const float* grad, float* grad_qkv, const int64_t* parts,
                         int64_t num_parts, int64_t N, int64_t H, int64_t d) {
     const int64_t qkv_row = 3 * H * d, out_row = H * d, width = round_up(d, LANES);
-    const float scale = 1 / std::sqrt(static_cast<float>(d));
+    const float factor = 1 / std::sqrt(static_cast<float>(d));
     for (const int64_t* part = parts; part < parts + 4 * num_parts; part += 4) {
         const int64_t n = part[3] - part[2];
 #pragma omp parallel
@@ -300,13 +319,10 @@ void attention_backward(const float* qkv, const float* out, const float* log_sum
                 const float* log_sum = log_sums + place.in_rows(N, H);
                 float *gq = grad_qkv + place.in_qkv(N, H, d), *gk = gq + H * d, *gv = gk + H * d;
                 pack(n, d, width, q, qkv_row, queries);
+                scale(n, width, factor * LOG2_E, queries, width, queries, width);
                 pack(n, d, width, g, out_row, grad_out);
-                std::fill(grad_queries, grad_queries + n * width, 0.0f);
-                for (int64_t i = 0; i < n; i++) {
-                    inner[i] = 0;
-                    for (int64_t j = 0; j < d; j++)
-                        inner[i] += o[i * out_row + j] * g[i * out_row + j];
-                }
+                for (int64_t i = 0; i < n; i++)
+                    inner[i] = dot(o + i * out_row, g + i * out_row, d);
                 for (int64_t j0 = 0; j0 < n; j0 += KEYS) {
                     const int64_t columns = std::min(KEYS, n - j0);
                     const int64_t wide = round_up(columns, LANES);
@@ -324,24 +340,28 @@ void attention_backward(const float* qkv, const float* out, const float* log_sum
                         for (int64_t i = 0; i < rows; i++)
                             for (int64_t j = 0; j < wide; j += LANES) {
                                 float *w = weights + i * KEYS + j, *s = grad_scores + i * KEYS + j;
-                                const vec x = exponential(load(w) * scale - log_sum[i0 + i]);
+                                const vec x = power_of_two(load(w) - log_sum[i0 + i]);
                                 store(w, x);
-                                store(s, x * (load(s) - inner[i0 + i]) * scale);
+                                store(s, x * (load(s) - inner[i0 + i]));
                             }
                         multiply<true>(columns, width, rows, weights, 1, KEYS,
                                        grad_out + i0 * width, width, grad_values, width);
                         multiply<true>(columns, width, rows, grad_scores, 1, KEYS,
                                        queries + i0 * width, width, grad_keys, width);
-                        multiply<true>(rows, width, columns, grad_scores, KEYS, 1, keys, width,
-                                       grad_queries + i0 * width, width);
+                        float* to = grad_queries + i0 * width;
+                        if (j0)
+                            multiply<true>(rows, width, columns, grad_scores, KEYS, 1, keys, width,
+                                           to, width);
+                        else
+                            multiply<false>(rows, width, columns, grad_scores, KEYS, 1, keys, width,
+                                            to, width);
                     }
-                    for (int64_t i = 0; i < columns; i++) {
-                        std::memcpy(gk + (j0 + i) * qkv_row, grad_keys + i * width, 4 * d);
+                    // `queries` carry the factor of the scores already, in units of ln 2.
+                    scale(columns, d, 1 / LOG2_E, grad_keys, width, gk + j0 * qkv_row, qkv_row);
+                    for (int64_t i = 0; i < columns; i++)
                         std::memcpy(gv + (j0 + i) * qkv_row, grad_values + i * width, 4 * d);
-                    }
                 }
-                for (int64_t i = 0; i < n; i++)
-                    std::memcpy(gq + i * qkv_row, grad_queries + i * width, 4 * d);
+                scale(n, d, factor, grad_queries, width, gq, qkv_row);
             }
         }
     }
@@ -514,7 +534,7 @@ void gelu_forward(const float* x, float* out, int64_t count) {
     for (int64_t i = 0; i < count; i += LANES) {
         const vec a = load(x + i);
         const vec u = a * (a * a * 0.0356774081f + 0.7978845608f);
-        store(out + i, a / (exponential(u * -2.0f) + 1.0f));
+        store(out + i, a / (power_of_two(u * (-2 * LOG2_E)) + 1.0f));
     }
 }
 
@@ -523,7 +543,7 @@ void gelu_backward(const float* grad, const float* x, float* grad_x, int64_t cou
     for (int64_t i = 0; i < count; i += LANES) {
         const vec a = load(x + i), square = a * a;
         const vec u = a * (square * 0.0356774081f + 0.7978845608f);
-        const vec share = 1.0f / (exponential(u * -2.0f) + 1.0f);
+        const vec share = 1.0f / (power_of_two(u * (-2 * LOG2_E)) + 1.0f);
         const vec slope = square * 0.1070322243f + 0.7978845608f;
         store(grad_x + i,
               load(grad + i) * share * (a * (1.0f - share) * slope * 2.0f + 1.0f));

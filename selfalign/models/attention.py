@@ -35,29 +35,26 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B N D"], groups: TokenGroups) -> Float[Tensor, "B N D"]:
         """Attend within the whole sequence, or within each group where `groups` separates them."""
-        batch, num_tokens, _ = x.shape
+        return self.proj(self.attend(self.qkv(x), groups))
+
+    def attend(self, qkv: Float[Tensor, "B N 3D"], groups: TokenGroups) -> Float[Tensor, "B N D"]:
+        """softmax(QKᵀ/√d)V of every head, as a dense attention per part."""
+        batch, num_tokens, _ = qkv.shape
         whole = groups.whole if groups.separate else batch
         parts = [(0, whole, 0, num_tokens)] if whole else []
         if whole < batch:
             parts += [(whole, batch, part.start, part.stop) for part in groups.slices]
-        return self.proj(self._attend(self.qkv(x), tuple(parts)).flatten(2))
-
-    def _attend(
-        self, qkv: Float[Tensor, "B N 3D"], parts: tuple[Part, ...]
-    ) -> Float[Tensor, "B N H d"]:
-        """Dense attention within each part; the parts cover the batch, whole images first."""
         fused = isinstance(self.q_norm, nn.Identity) and kernels.usable(qkv)
-        qkv = qkv.unflatten(2, (3, self.heads, -1))
+        heads = qkv.unflatten(2, (3, self.heads, -1))
         if fused:
-            return _Attention.apply(qkv, tuple(itertools.chain.from_iterable(parts)))
-        heads = _SplitHeads.apply(qkv, parts)
+            return _Attention.apply(heads, tuple(itertools.chain(*parts))).flatten(2)
+        split = _SplitHeads.apply(heads, tuple(parts))
         attended = [
             scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v).transpose(1, 2)
-            for q, k, v in zip(heads[0::3], heads[1::3], heads[2::3], strict=True)
+            for q, k, v in zip(split[0::3], split[1::3], split[2::3], strict=True)
         ]
-        whole = [out for out in attended if out.shape[1] == qkv.shape[1]]
-        separated = attended[len(whole) :]
-        return torch.cat([*whole, *([torch.cat(separated, dim=1)] if separated else [])])
+        images, tokens = attended[: bool(whole)], attended[bool(whole) :]
+        return torch.cat([*images, *([torch.cat(tokens, dim=1)] if tokens else [])]).flatten(2)
 
 
 class _Attention(torch.autograd.Function):

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from selfalign import SiT, recipe, resolve
 from selfalign.benchmark.cost import Rates, count_parameters, linears, step_cost
-from selfalign.benchmark.measure import StepBenchmark, measure_limit, measure_rates
+from selfalign.benchmark.limit import measure_limit, measure_rates
+from selfalign.benchmark.measure import StepBenchmark
 from selfalign.benchmark.sampling import count_passes, time_sampling
 from selfalign.models import linear
 from selfalign.sampling.generate import SamplingConfig

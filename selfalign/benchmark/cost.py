@@ -18,12 +18,10 @@ UPDATE_BYTES_PER_PARAMETER = {
 }
 # Features of one token that a block reads and writes, besides products and attention, where every chain
 # of operations is one pass (kernels/cpu.cpp, or what a compiler makes of them).
-BLOCK_PASSES_FORWARD = 18
-"""Two modulated norms (2 each), two gates (3 each), GELU over the hidden layer (8)."""
-RESIDUAL_PASSES_BACKWARD = 6
-"""Two sums where a residual branch leaves (3 each)."""
-BLOCK_PASSES_BACKWARD = 24 + RESIDUAL_PASSES_BACKWARD
-"""Two modulated norms (3 each), two gates (3 each), GELU (12), and the sums."""
+BLOCK_PASSES_FORWARD = 16
+"""Two gated sums with their norms (4 each), GELU over the hidden layer (8)."""
+BLOCK_PASSES_BACKWARD = 24
+"""Two norms with their gated sums (6 each), GELU (12)."""
 ATTENTION_BACKWARD = 2.5
 """Products in the backward pass of fused attention, which recomputes QKᵀ, per forward product."""
 

@@ -13,7 +13,6 @@ from selfalign.benchmark.cost import (
     BLOCK_PASSES_BACKWARD,
     BLOCK_PASSES_FORWARD,
     FLOAT_BYTES,
-    RESIDUAL_PASSES_BACKWARD,
     Linear,
     Rates,
     linears,
@@ -22,7 +21,7 @@ from selfalign.benchmark.cost import (
 from selfalign.config import RunConfig, group_sizes, override, whole_images
 from selfalign.models.attention import Attention
 from selfalign.models.linear import ONEDNN, gelu, linear_gradients, product
-from selfalign.models.modulation import add_gated, modulated_norm
+from selfalign.models.modulation import ResidualStream
 from selfalign.views import TokenGroups
 
 
@@ -220,7 +219,7 @@ def measure_rates(
         seen = groups if config.alignment.teacher_groups else everything
         blocks = config.alignment.teacher_block or 0
         attention += blocks * _attention_seconds(config, seen, False, device, repetitions)
-    passes = BLOCK_PASSES_FORWARD + BLOCK_PASSES_BACKWARD - RESIDUAL_PASSES_BACKWARD
+    passes = BLOCK_PASSES_FORWARD + BLOCK_PASSES_BACKWARD
     chain = _elementwise_seconds(config, groups, device, repetitions)
     return Rates(
         products=limit.gemm_flops_per_second,
@@ -269,7 +268,9 @@ def _elementwise_seconds(
 
     def half() -> None:
         x, update, gradient = next(tokens)
-        outputs = (modulated_norm(x, shift, scale, groups), add_gated(x, gate, update, groups))
+        stream = ResidualStream(x, groups)
+        stream.add(gate, update)
+        outputs = (stream.norm(shift, scale), stream.x)
         torch.autograd.grad(outputs, (x, shift, scale, gate, update), (gradient, gradient))
 
     def activation() -> None:

@@ -39,10 +39,12 @@ def usable(*tensors: Tensor) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
 def available() -> bool:
     """Whether there are compiled kernels on this machine."""
     return library() is not None
+
+
+torch.compiler.assume_constant_result(available)  # the compiler need not look for g++
 
 
 @opaque(
@@ -96,80 +98,72 @@ def attention_backward(
     return grad_qkv
 
 
-def modulated_norm(
+Branch = tuple[Tensor, Tensor]
+"""A gate (B, K, D), and the update (B, N, D) that goes through it."""
+
+
+def residual_norm(
     x: Float[Tensor, "B N D"],
+    branch: Branch | None,
     shift: Float[Tensor, "B K D"],
     scale: Float[Tensor, "B K D"],
     ends: tuple[int, ...],
-) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N 2"]]:
-    """norm(x)·(1 + scale) + shift, and each token's mean and inverse standard deviation.
+) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N D"], Float[Tensor, "B N 2"]]:
+    """x + gate·update; norm(x + gate·update)·(1 + scale) + shift; each token's mean and 1/σ.
 
     Args:
         x: tokens in group order.
+        branch: gate and update; without one x itself is normed.
         shift, scale: per group, with equal strides.
         ends: where each group's tokens end.
     """
     x = x.contiguous()
-    out, moments = torch.empty_like(x), x.new_empty(*x.shape[:2], 2)
+    gate, update = branch or (None, None)
+    total = x if gate is None else torch.empty_like(x)
+    normed, moments = torch.empty_like(x), x.new_empty(*x.shape[:2], 2)
     _call(
-        "modulated_norm_forward",
-        *(x, shift, scale, *_strides(shift, scale), out, moments),
+        "residual_norm_forward",
+        *(x, gate, update if update is None else update.contiguous(), *_strides(gate)),
+        *(shift, scale, *_strides(shift, scale), total, normed, moments),
         *(_numbers(ends), len(x), x.shape[1], len(ends), x.shape[2], EPSILON),
     )
-    return out, moments
+    return total, normed, moments
 
 
-def modulated_norm_backward(
+def residual_norm_backward(
+    grad_total: Float[Tensor, "B N D"] | None,
     grad: Float[Tensor, "B N D"],
-    x: Float[Tensor, "B N D"],
+    total: Float[Tensor, "B N D"],
     moments: Float[Tensor, "B N 2"],
+    branch: Branch | None,
     scale: Float[Tensor, "B K D"],
     ends: tuple[int, ...],
-) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B K D"], Float[Tensor, "B K D"]]:
-    """Gradients of `modulated_norm` with respect to x, shift and scale."""
-    grad, x = grad.contiguous(), x.contiguous()
-    grad_x = torch.empty_like(x)
-    grad_shift, grad_scale = (x.new_empty(scale.shape) for _ in range(2))
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Gradients of `residual_norm` with respect to x, gate, update, shift and scale.
+
+    Args:
+        grad_total, grad: gradients of the sum, if it was used, and of the norm.
+        total, moments: results of `residual_norm`.
+        branch, scale, ends: as they were given to it.
+    """
+    grad = grad.contiguous()
+    gate, update = branch or (None, None)
+    grad_x, grad_gate, grad_update = torch.empty_like(grad), None, None
+    grad_shift, grad_scale = (grad.new_empty(scale.shape) for _ in range(2))
+    if gate is not None and update is not None:
+        grad_gate, grad_update, update = (
+            grad.new_empty(gate.shape),
+            torch.empty_like(grad),
+            update.contiguous(),
+        )
     _call(
-        "modulated_norm_backward",
-        *(grad, x, moments, scale, *_strides(scale), grad_x, grad_shift, grad_scale),
-        *(_numbers(ends), len(x), x.shape[1], len(ends), x.shape[2]),
-    )
-    return grad_x, grad_shift, grad_scale
-
-
-def add_gated(
-    x: Float[Tensor, "B N D"],
-    gate: Float[Tensor, "B K D"],
-    update: Float[Tensor, "B N D"],
-    ends: tuple[int, ...],
-) -> Float[Tensor, "B N D"]:
-    """x + gate·update, with each group's gate. Arguments as for `modulated_norm`."""
-    x, update = x.contiguous(), update.contiguous()
-    out = torch.empty_like(x)
-    _call(
-        "add_gated_forward",
-        *(x, gate, update, *_strides(gate), out),
-        *(_numbers(ends), len(x), x.shape[1], len(ends), x.shape[2]),
-    )
-    return out
-
-
-def add_gated_backward(
-    grad: Float[Tensor, "B N D"],
-    gate: Float[Tensor, "B K D"],
-    update: Float[Tensor, "B N D"],
-    ends: tuple[int, ...],
-) -> tuple[Float[Tensor, "B K D"], Float[Tensor, "B N D"]]:
-    """Gradients of `add_gated` with respect to gate and update; that of x is `grad`."""
-    grad, update = grad.contiguous(), update.contiguous()
-    grad_gate, grad_update = grad.new_empty(gate.shape), torch.empty_like(update)
-    _call(
-        "add_gated_backward",
-        *(grad, gate, update, *_strides(gate), grad_gate, grad_update),
+        "residual_norm_backward",
+        *(grad_total if grad_total is None else grad_total.contiguous(), grad, total, moments),
+        *(gate, update, *_strides(gate), scale, *_strides(scale)),
+        *(grad_x, grad_gate, grad_update, grad_shift, grad_scale),
         *(_numbers(ends), len(grad), grad.shape[1], len(ends), grad.shape[2]),
     )
-    return grad_gate, grad_update
+    return grad_x, grad_gate, grad_update, grad_shift, grad_scale
 
 
 def gelu(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
@@ -205,25 +199,25 @@ def linear_gradients(
     return grad_weight, grad_bias
 
 
-def _strides(*conditions: Tensor) -> tuple[int, int]:
-    strides = {condition.stride() for condition in conditions}
-    (stride,) = strides
-    assert stride[2] == 1, "the features of a condition lie side by side"
-    return stride[:2]
+def _strides(*conditions: Tensor | None) -> tuple[int, int]:
+    """From sample to sample and from group to group, equal for all."""
+    if conditions[0] is None:
+        return 0, 0
+    ((sample, group, feature),) = {c.stride() for c in conditions if c is not None}
+    assert feature == 1, "the features of a condition lie side by side"
+    return sample, group
 
 
 def _call(name: str, *arguments: Any) -> None:
-    """Call a kernel; tensors are passed by their addresses."""
+    """Call a kernel; tensors are passed by their addresses, and None as null."""
     _function(name)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
 
 _ARGUMENTS = {
     "attention_forward": "aaaaiiii",
     "attention_backward": "aaaaaaiiii",
-    "modulated_norm_forward": "aaaiiaaaiiiif",
-    "modulated_norm_backward": "aaaaiiaaaaiiii",
-    "add_gated_forward": "aaaiiaaiiii",
-    "add_gated_backward": "aaaiiaaaiiii",
+    "residual_norm_forward": "aaaiiaaiiaaaaiiiif",
+    "residual_norm_backward": "aaaaaaiiaiiaaaaaaiiii",
     "gelu_forward": "aai",
     "gelu_backward": "aaai",
     "linear_gradients": "aaaaiii",

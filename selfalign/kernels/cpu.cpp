@@ -417,22 +417,34 @@ void add_partial_sums(const float* partial, int64_t apart, int64_t rows, int64_t
 
 extern "C" {
 
-// out = norm(x) * (1 + scale) + shift; x (B, N, D), scale and shift (B, K, D) with these strides.
+// sum = x + gate * update and normed = norm(sum) * (1 + scale) + shift, or with x itself for the sum
+// where `gate` is null. gate, scale and shift are (B, K, D) with the strides given, the rest (B, N, D).
 // `moments` (B, N, 2) are each token's mean and inverse standard deviation.
-void modulated_norm_forward(const float* x, const float* shift, const float* scale,
-                            int64_t sample_stride, int64_t group_stride, float* out,
-                            float* moments, const int64_t* ends, int64_t B, int64_t N, int64_t K,
-                            int64_t D, float epsilon) {
+void residual_norm_forward(const float* x, const float* gate, const float* update,
+                           int64_t gate_sample, int64_t gate_group, const float* shift,
+                           const float* scale, int64_t sample_stride, int64_t group_stride,
+                           float* sum_out, float* normed, float* moments, const int64_t* ends,
+                           int64_t B, int64_t N, int64_t K, int64_t D, float epsilon) {
     const Chunks chunks(B, ends, K);
 #pragma omp parallel for schedule(static)
     for (int64_t c = 0; c < chunks.count(); c++) {
         const Chunk chunk = chunks[c];
         const int64_t condition = chunk.sample * sample_stride + chunk.group * group_stride;
+        const float* gates = gate ? gate + chunk.sample * gate_sample + chunk.group * gate_group : 0;
         for (int64_t t = chunk.first; t < chunk.end; t++) {
             const int64_t row = chunk.sample * N + t;
             const float* from = x + row * D;
             vec sums = {};
-            for (int64_t j = 0; j < D; j += LANES) sums += load(from + j);
+            if (gate) {
+                for (int64_t j = 0; j < D; j += LANES) {
+                    const vec a = load(from + j) + load(gates + j) * load(update + row * D + j);
+                    store(sum_out + row * D + j, a);
+                    sums += a;
+                }
+                from = sum_out + row * D;
+            } else {
+                for (int64_t j = 0; j < D; j += LANES) sums += load(from + j);
+            }
             const float mean = sum(sums) / D;
             vec squares = {};
             for (int64_t j = 0; j < D; j += LANES) {
@@ -441,9 +453,9 @@ void modulated_norm_forward(const float* x, const float* shift, const float* sca
             }
             const float inverse = 1 / std::sqrt(sum(squares) / D + epsilon);
             for (int64_t j = 0; j < D; j += LANES) {
-                const vec normed = (load(from + j) - mean) * inverse;
-                store(out + row * D + j,
-                      normed * (load(scale + condition + j) + 1.0f) + load(shift + condition + j));
+                const vec centred = (load(from + j) - mean) * inverse;
+                store(normed + row * D + j,
+                      centred * (load(scale + condition + j) + 1.0f) + load(shift + condition + j));
             }
             moments[2 * row] = mean;
             moments[2 * row + 1] = inverse;
@@ -451,20 +463,26 @@ void modulated_norm_forward(const float* x, const float* shift, const float* sca
     }
 }
 
-void modulated_norm_backward(const float* grad, const float* x, const float* moments,
-                             const float* scale, int64_t sample_stride, int64_t group_stride,
-                             float* grad_x, float* grad_shift, float* grad_scale,
-                             const int64_t* ends, int64_t B, int64_t N, int64_t K, int64_t D) {
+// Gradients of `residual_norm_forward`. `x` is what was normed; `grad_sum`, the gradient that reaches
+// the sum from elsewhere, may be null; where `gate` is null there is none of it and of update.
+void residual_norm_backward(const float* grad_sum, const float* grad, const float* x,
+                            const float* moments, const float* gate, const float* update,
+                            int64_t gate_sample, int64_t gate_group, const float* scale,
+                            int64_t sample_stride, int64_t group_stride, float* grad_x,
+                            float* grad_gate, float* grad_update, float* grad_shift,
+                            float* grad_scale, const int64_t* ends, int64_t B, int64_t N, int64_t K,
+                            int64_t D) {
     const Chunks chunks(B, ends, K);
-    Scratch scratch(2 * chunks.count() * D);
-    float* partial = scratch.take(2 * chunks.count() * D);
-    std::fill(partial, partial + 2 * chunks.count() * D, 0.0f);
+    Scratch scratch(3 * chunks.count() * D);
+    float* partial = scratch.take(3 * chunks.count() * D);
+    std::fill(partial, partial + 3 * chunks.count() * D, 0.0f);
 #pragma omp parallel for schedule(static)
     for (int64_t c = 0; c < chunks.count(); c++) {
         const Chunk chunk = chunks[c];
-        const float* scales =
-            scale + chunk.sample * sample_stride + chunk.group * group_stride;
-        float *shifts = partial + 2 * c * D, *products = shifts + D;
+        const float* scales = scale + chunk.sample * sample_stride + chunk.group * group_stride;
+        const float* gates = gate ? gate + chunk.sample * gate_sample + chunk.group * gate_group : 0;
+        float *shift_sums = partial + 3 * c * D, *scale_sums = shift_sums + D,
+              *gate_sums = scale_sums + D;
         for (int64_t t = chunk.first; t < chunk.end; t++) {
             const int64_t row = chunk.sample * N + t;
             const float mean = moments[2 * row], inverse = moments[2 * row + 1];
@@ -472,8 +490,8 @@ void modulated_norm_backward(const float* grad, const float* x, const float* mom
             vec sums = {}, inner = {};
             for (int64_t j = 0; j < D; j += LANES) {
                 const vec up = load(g + j), normed = (load(from + j) - mean) * inverse;
-                store(shifts + j, load(shifts + j) + up);
-                store(products + j, load(products + j) + up * normed);
+                store(shift_sums + j, load(shift_sums + j) + up);
+                store(scale_sums + j, load(scale_sums + j) + up * normed);
                 const vec scaled = up * (load(scales + j) + 1.0f);
                 sums += scaled;
                 inner += scaled * normed;
@@ -482,49 +500,19 @@ void modulated_norm_backward(const float* grad, const float* x, const float* mom
             for (int64_t j = 0; j < D; j += LANES) {
                 const vec normed = (load(from + j) - mean) * inverse;
                 const vec scaled = load(g + j) * (load(scales + j) + 1.0f);
-                store(grad_x + row * D + j, (scaled - average - normed * along) * inverse);
+                vec down = (scaled - average - normed * along) * inverse;
+                if (grad_sum) down += load(grad_sum + row * D + j);
+                store(grad_x + row * D + j, down);
+                if (gate) {
+                    store(grad_update + row * D + j, down * load(gates + j));
+                    store(gate_sums + j, load(gate_sums + j) + down * load(update + row * D + j));
+                }
             }
         }
     }
-    add_partial_sums(partial, 2 * D, B * K, chunks.per_group(), D, grad_shift);
-    add_partial_sums(partial + D, 2 * D, B * K, chunks.per_group(), D, grad_scale);
-}
-
-// out = x + gate * update; gate (B, K, D) with these strides, the rest (B, N, D).
-void add_gated_forward(const float* x, const float* gate, const float* update,
-                       int64_t sample_stride, int64_t group_stride, float* out,
-                       const int64_t* ends, int64_t B, int64_t N, int64_t K, int64_t D) {
-    const Chunks chunks(B, ends, K);
-#pragma omp parallel for schedule(static)
-    for (int64_t c = 0; c < chunks.count(); c++) {
-        const Chunk chunk = chunks[c];
-        const float* gates = gate + chunk.sample * sample_stride + chunk.group * group_stride;
-        for (int64_t t = chunk.first; t < chunk.end; t++)
-            for (int64_t j = 0, at = (chunk.sample * N + t) * D; j < D; j += LANES, at += LANES)
-                store(out + at, load(x + at) + load(gates + j) * load(update + at));
-    }
-}
-
-void add_gated_backward(const float* grad, const float* gate, const float* update,
-                        int64_t sample_stride, int64_t group_stride, float* grad_gate,
-                        float* grad_update, const int64_t* ends, int64_t B, int64_t N, int64_t K,
-                        int64_t D) {
-    const Chunks chunks(B, ends, K);
-    Scratch scratch(chunks.count() * D);
-    float* partial = scratch.take(chunks.count() * D);
-    std::fill(partial, partial + chunks.count() * D, 0.0f);
-#pragma omp parallel for schedule(static)
-    for (int64_t c = 0; c < chunks.count(); c++) {
-        const Chunk chunk = chunks[c];
-        const float* gates = gate + chunk.sample * sample_stride + chunk.group * group_stride;
-        float* sums = partial + c * D;
-        for (int64_t t = chunk.first; t < chunk.end; t++)
-            for (int64_t j = 0, at = (chunk.sample * N + t) * D; j < D; j += LANES, at += LANES) {
-                store(grad_update + at, load(gates + j) * load(grad + at));
-                store(sums + j, load(sums + j) + load(grad + at) * load(update + at));
-            }
-    }
-    add_partial_sums(partial, D, B * K, chunks.per_group(), D, grad_gate);
+    add_partial_sums(partial, 3 * D, B * K, chunks.per_group(), D, grad_shift);
+    add_partial_sums(partial + D, 3 * D, B * K, chunks.per_group(), D, grad_scale);
+    if (gate) add_partial_sums(partial + 2 * D, 3 * D, B * K, chunks.per_group(), D, grad_gate);
 }
 
 // GELU in its tanh form, x / (1 + e^(-2u)) with u = sqrt(2 / pi) (x + 0.044715 x^3).

@@ -9,8 +9,7 @@ from torch.nn import functional
 
 from selfalign.models.attention import Attention
 from selfalign.models.linear import Linear, LinearGelu, linear
-from selfalign.models.modulation import add_gated, modulated_norm
-from selfalign.views import TokenGroups
+from selfalign.models.modulation import ResidualStream
 
 
 class PatchEmbedder(nn.Module):
@@ -84,16 +83,12 @@ class SiTBlock(nn.Module):
         self.mlp = Mlp(hidden_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 6 * hidden_size))
 
-    def forward(
-        self, x: Float[Tensor, "B N D"], condition: Float[Tensor, "B K D"], groups: TokenGroups
-    ) -> Float[Tensor, "B N D"]:
-        """Tokens in group order, and each group's condition."""
+    def forward(self, stream: ResidualStream, condition: Float[Tensor, "B K D"]) -> None:
+        """Update the stream, given each group's condition."""
         modulation = self.adaLN_modulation(condition).chunk(6, dim=-1)
         attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        update = self.attn(modulated_norm(x, attn_shift, attn_scale, groups), groups)
-        x = add_gated(x, attn_gate, update, groups)
-        update = self.mlp(modulated_norm(x, mlp_shift, mlp_scale, groups))
-        return add_gated(x, mlp_gate, update, groups)
+        stream.add(attn_gate, self.attn(stream.norm(attn_shift, attn_scale), stream.groups))
+        stream.add(mlp_gate, self.mlp(stream.norm(mlp_shift, mlp_scale)))
 
 
 class FinalLayer(nn.Module):
@@ -105,11 +100,11 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 2 * hidden_size))
 
     def forward(
-        self, x: Float[Tensor, "B N D"], condition: Float[Tensor, "B K D"], groups: TokenGroups
+        self, stream: ResidualStream, condition: Float[Tensor, "B K D"]
     ) -> Float[Tensor, "B N P"]:
-        """Tokens in group order, and each group's condition."""
+        """The stream's tokens, given each group's condition."""
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
-        return self.linear(modulated_norm(x, shift, scale, groups))
+        return self.linear(stream.norm(shift, scale))
 
 
 class ProjectionHead(nn.Module):

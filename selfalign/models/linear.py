@@ -48,7 +48,8 @@ def linear(
 ) -> Float[Tensor, "... N"]:
     """`torch.nn.functional.linear`, by the fastest product there is."""
     if _goes_through_onednn(x, weight):
-        return _OneDnnLinear.apply(x, weight, bias)
+        multiply = _OneDnnLinear.apply if torch.is_grad_enabled() else _by_rows
+        return multiply(x, weight, bias)
     return functional.linear(x, weight, bias)
 
 

@@ -1,7 +1,7 @@
-"""Scales and shifts per token group (adaLN), written straight into each group's slice.
+"""The residual stream, and its scales, shifts and gates per token group (adaLN).
 
 Autograd's own slices would cost a copy of every token to put the slices together again, and another in
-the backward pass; these functions write results where they belong. The compiler fuses the plain
+the backward pass; the functions here write results where they belong. The compiler fuses the plain
 formulas by itself, so it is given those.
 """
 
@@ -17,60 +17,95 @@ from selfalign import kernels
 from selfalign.views import TokenGroups
 
 
-def modulated_norm(
-    x: Float[Tensor, "B N D"],
-    shift: Float[Tensor, "B K D"],
-    scale: Float[Tensor, "B K D"],
-    groups: TokenGroups,
-) -> Float[Tensor, "B N D"]:
-    """norm(x)·(1 + scale) + shift, with each group's scale and shift (DiT, adaLN)."""
-    if not torch.compiler.is_compiling() and kernels.usable(x, shift, scale):
-        return _ModulatedNorm.apply(x, shift, scale, groups.ends)
-    normed = functional.layer_norm(x, x.shape[-1:], eps=kernels.EPSILON)
+class ResidualStream:
+    """The tokens' features on their way through the blocks: x ← x + gate·update (DiT, adaLN-Zero).
+
+    An update waits until the next norm asks for the sum, so that both take one pass over memory.
+
+    Args:
+        x: the features, in group order.
+        groups: which tokens share a condition.
+    """
+
+    def __init__(self, x: Float[Tensor, "B N D"], groups: TokenGroups) -> None:
+        self.groups = groups
+        self._x = x
+        self._branch: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def x(self) -> Float[Tensor, "B N D"]:
+        """The features, all updates included."""
+        if self._branch is not None:
+            self._x, self._branch = _add_gated(self._x, *self._branch, self.groups), None
+        return self._x
+
+    @x.setter
+    def x(self, value: Float[Tensor, "B N D"]) -> None:
+        self._x, self._branch = value, None
+
+    def add(self, gate: Float[Tensor, "B K D"], update: Float[Tensor, "B N D"]) -> None:
+        """x ← x + gate·update, with each group's gate."""
+        self._x, self._branch = self.x, (gate, update)
+
+    def norm(
+        self, shift: Float[Tensor, "B K D"], scale: Float[Tensor, "B K D"]
+    ) -> Float[Tensor, "B N D"]:
+        """norm(x)·(1 + scale) + shift, with each group's scale and shift."""
+        tensors = (self._x, shift, scale, *(self._branch or ()))
+        if not torch.compiler.is_compiling() and kernels.usable(*tensors):
+            gate, update = self._branch or (None, None)
+            self._branch = None
+            self._x, normed = _ResidualNorm.apply(
+                self._x, gate, update, shift, scale, self.groups.ends
+            )
+            return normed
+        return _modulate(
+            functional.layer_norm(self.x, self.x.shape[-1:], eps=kernels.EPSILON),
+            shift,
+            scale,
+            self.groups,
+        )
+
+
+class _ResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gate: Tensor | None,
+        update: Tensor | None,
+        shift: Tensor,
+        scale: Tensor,
+        ends: tuple[int, ...],
+    ) -> tuple[Tensor, Tensor]:
+        branch = None if gate is None or update is None else (gate, update)
+        total, normed, moments = kernels.residual_norm(x, branch, shift, scale, ends)
+        ctx.save_for_backward(total, moments, scale, gate, update)
+        ctx.set_materialize_grads(False)
+        ctx.ends = ends
+        return total, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor | None, grad: Tensor) -> tuple[Tensor | None, ...]:
+        total, moments, scale, gate, update = ctx.saved_tensors
+        branch = None if gate is None else (gate, update)
+        gradients = kernels.residual_norm_backward(
+            grad_total, grad, total, moments, branch, scale, ctx.ends
+        )
+        return *gradients, None
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor, groups: TokenGroups) -> Tensor:
     if torch.compiler.is_compiling():
-        return normed * groups.broadcast(1 + scale) + groups.broadcast(shift)
-    return _Modulate.apply(normed, shift, 1 + scale, groups.slices)
+        return x * groups.broadcast(1 + scale) + groups.broadcast(shift)
+    return _Modulate.apply(x, shift, 1 + scale, groups.slices)
 
 
-def add_gated(
-    x: Float[Tensor, "B N D"],
-    gate: Float[Tensor, "B K D"],
-    update: Float[Tensor, "B N D"],
-    groups: TokenGroups,
-) -> Float[Tensor, "B N D"]:
-    """x + gate·update, with each group's gate (DiT, adaLN-Zero)."""
+def _add_gated(x: Tensor, gate: Tensor, update: Tensor, groups: TokenGroups) -> Tensor:
     if torch.compiler.is_compiling():
         return x + groups.broadcast(gate) * update
-    if kernels.usable(x, gate, update):
-        return _FusedAddGated.apply(x, gate, update, groups.ends)
     return _AddGated.apply(x, gate, update, groups.slices)
-
-
-class _ModulatedNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, ends: tuple[int, ...]) -> Tensor:
-        out, moments = kernels.modulated_norm(x, shift, scale, ends)
-        ctx.save_for_backward(x, moments, scale)
-        ctx.ends = ends
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *kernels.modulated_norm_backward(grad, *ctx.saved_tensors, ctx.ends), None
-
-
-class _FusedAddGated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, update: Tensor, ends: tuple[int, ...]) -> Tensor:
-        ctx.save_for_backward(gate, update)
-        ctx.ends = ends
-        return kernels.add_gated(x, gate, update, ends)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, *kernels.add_gated_backward(grad, *ctx.saved_tensors, ctx.ends), None
 
 
 class _Modulate(torch.autograd.Function):

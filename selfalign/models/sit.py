@@ -1,7 +1,5 @@
 """The transformer: SiT with a condition per token group (arXiv:2401.08740, and Eq. 5 to 9)."""
 
-import functools
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -17,6 +15,7 @@ from selfalign.models.layers import (
     TimestepEmbedder,
     position_embedding,
 )
+from selfalign.models.modulation import ResidualStream
 from selfalign.randomness import make_generator
 from selfalign.views import TokenGroups, patchify, unpatchify
 
@@ -133,12 +132,13 @@ class SiT(nn.Module):
             student_block: block m whose projected features are returned, counted from 1.
         """
         x, condition = self._embed(tokens, timesteps, labels, groups)
-        x = self._run_blocks(x, condition, groups, 0, student_block or 0)
+        stream = ResidualStream(x, groups)
+        self._run_blocks(stream, condition, 0, student_block or 0)
         features = None
         if student_block is not None and self.ap_head is not None:
-            features = self.ap_head(x)
-        x = self._run_blocks(x, condition, groups, student_block or 0, len(self.blocks))
-        return self.final_layer(x, condition, groups), features
+            features = self.ap_head(stream.x)
+        self._run_blocks(stream, condition, student_block or 0, len(self.blocks))
+        return self.final_layer(stream, condition), features
 
     def features(
         self,
@@ -150,7 +150,9 @@ class SiT(nn.Module):
     ) -> Float[Tensor, "B N D"]:
         """The output of a block, counted from 1. Later blocks are not run."""
         x, condition = self._embed(tokens, timesteps, labels, groups)
-        return self._run_blocks(x, condition, groups, 0, block)
+        stream = ResidualStream(x, groups)
+        self._run_blocks(stream, condition, 0, block)
+        return stream.x
 
     def velocity(
         self,
@@ -177,14 +179,17 @@ class SiT(nn.Module):
             condition = condition + self.y_embedder(labels)[:, None]
         return x, condition
 
-    def _run_blocks(
-        self, x: Tensor, condition: Tensor, groups: TokenGroups, first: int, last: int
-    ) -> Tensor:
+    def _run_blocks(self, stream: ResidualStream, condition: Tensor, first: int, last: int) -> None:
         for block in self.blocks[first:last]:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(
-                    functools.partial(block, groups=groups), x, condition, use_reentrant=False
+                stream.x = checkpoint(
+                    _run_block, block, stream.x, condition, stream.groups, use_reentrant=False
                 )
             else:
-                x = block(x, condition, groups)
-        return x
+                block(stream, condition)
+
+
+def _run_block(block: nn.Module, x: Tensor, condition: Tensor, groups: TokenGroups) -> Tensor:
+    stream = ResidualStream(x, groups)
+    block(stream, condition)
+    return stream.x

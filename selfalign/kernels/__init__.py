@@ -98,74 +98,93 @@ def attention_backward(
     return grad_qkv
 
 
-Branch = tuple[Tensor, Tensor]
-"""A gate (B, K, D), and the update (B, N, D) that goes through it."""
-
-
+@opaque(
+    "(Tensor x, Tensor? gate, Tensor? update, Tensor shift, Tensor scale, int[] ends)"
+    " -> (Tensor, Tensor, Tensor)",
+    lambda x, gate, update, shift, scale, ends: (
+        x.new_empty(x.shape if gate is not None else 0),
+        x.new_empty(x.shape),
+        x.new_empty(*x.shape[:2], 2),
+    ),
+)
 def residual_norm(
     x: Float[Tensor, "B N D"],
-    branch: Branch | None,
+    gate: Float[Tensor, "B K D"] | None,
+    update: Float[Tensor, "B N D"] | None,
     shift: Float[Tensor, "B K D"],
     scale: Float[Tensor, "B K D"],
-    ends: tuple[int, ...],
-) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N D"], Float[Tensor, "B N 2"]]:
+    ends: Sequence[int],
+) -> tuple[Tensor, Float[Tensor, "B N D"], Float[Tensor, "B N 2"]]:
     """x + gate·update; norm(x + gate·update)·(1 + scale) + shift; each token's mean and 1/σ.
 
     Args:
         x: tokens in group order.
-        branch: gate and update; without one x itself is normed.
-        shift, scale: per group, with equal strides.
+        gate, update: None for both: then x itself is normed, and the first result is empty.
+        shift, scale: per group.
         ends: where each group's tokens end.
     """
-    x = x.contiguous()
-    gate, update = branch or (None, None)
-    total = x if gate is None else torch.empty_like(x)
+    x, update = x.contiguous(), _contiguous(update)
+    gate = None if gate is None else _conditions(gate)[0]
+    shift, scale = _conditions(shift, scale)
+    total = x.new_empty(0) if gate is None else torch.empty_like(x)
     normed, moments = torch.empty_like(x), x.new_empty(*x.shape[:2], 2)
     _call(
         "residual_norm_forward",
-        *(x, gate, update if update is None else update.contiguous(), *_strides(gate)),
-        *(shift, scale, *_strides(shift, scale), total, normed, moments),
-        *(_numbers(ends), len(x), x.shape[1], len(ends), x.shape[2], EPSILON),
+        *(x, gate, update, *_strides(gate), shift, scale, *_strides(shift)),
+        *(total, normed, moments, _numbers(tuple(ends))),
+        *(len(x), x.shape[1], len(ends), x.shape[2], EPSILON),
     )
     return total, normed, moments
 
 
+@opaque(
+    "(Tensor? grad_total, Tensor grad, Tensor total, Tensor moments, Tensor? gate, Tensor? update,"
+    " Tensor scale, int[] ends) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda grad_total, grad, total, moments, gate, update, scale, ends: (
+        grad.new_empty(grad.shape),
+        grad.new_empty(scale.shape if gate is not None else 0),
+        grad.new_empty(grad.shape if gate is not None else 0),
+        grad.new_empty(scale.shape),
+        grad.new_empty(scale.shape),
+    ),
+)
 def residual_norm_backward(
     grad_total: Float[Tensor, "B N D"] | None,
     grad: Float[Tensor, "B N D"],
     total: Float[Tensor, "B N D"],
     moments: Float[Tensor, "B N 2"],
-    branch: Branch | None,
+    gate: Float[Tensor, "B K D"] | None,
+    update: Float[Tensor, "B N D"] | None,
     scale: Float[Tensor, "B K D"],
-    ends: tuple[int, ...],
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    ends: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `residual_norm` with respect to x, gate, update, shift and scale.
+
+    Without a gate, the second and third are empty.
 
     Args:
         grad_total, grad: gradients of the sum, if it was used, and of the norm.
-        total, moments: results of `residual_norm`.
-        branch, scale, ends: as they were given to it.
+        total, moments: what was normed, and the last result of `residual_norm`.
+        gate, update, scale, ends: as they were given to it.
     """
-    grad = grad.contiguous()
-    gate, update = branch or (None, None)
-    grad_x, grad_gate, grad_update = torch.empty_like(grad), None, None
-    grad_shift, grad_scale = (grad.new_empty(scale.shape) for _ in range(2))
-    if gate is not None and update is not None:
-        grad_gate, grad_update, update = (
-            grad.new_empty(gate.shape),
-            torch.empty_like(grad),
-            update.contiguous(),
-        )
+    grad, total = grad.contiguous(), total.contiguous()
+    grad_total, update = _contiguous(grad_total), _contiguous(update)
+    gate = None if gate is None else _conditions(gate)[0]
+    (scale,) = _conditions(scale)
+    grad_x, grad_update = (torch.empty_like(grad) for _ in range(2))
+    grad_gate, grad_shift, grad_scale = (grad.new_empty(scale.shape) for _ in range(3))
+    if gate is None:
+        grad_gate, grad_update = grad.new_empty(0), grad.new_empty(0)
     _call(
         "residual_norm_backward",
-        *(grad_total if grad_total is None else grad_total.contiguous(), grad, total, moments),
-        *(gate, update, *_strides(gate), scale, *_strides(scale)),
-        *(grad_x, grad_gate, grad_update, grad_shift, grad_scale),
-        *(_numbers(ends), len(grad), grad.shape[1], len(ends), grad.shape[2]),
+        *(grad_total, grad, total, moments, gate, update, *_strides(gate), scale, *_strides(scale)),
+        *(grad_x, grad_gate, grad_update, grad_shift, grad_scale, _numbers(tuple(ends))),
+        *(len(grad), grad.shape[1], len(ends), grad.shape[2]),
     )
     return grad_x, grad_gate, grad_update, grad_shift, grad_scale
 
 
+@opaque("(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape))
 def gelu(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
     """GELU in its tanh form."""
     x = x.contiguous()
@@ -174,6 +193,7 @@ def gelu(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
     return out
 
 
+@opaque("(Tensor grad, Tensor x) -> Tensor", lambda grad, x: x.new_empty(x.shape))
 def gelu_backward(
     grad: Float[Tensor, "... D"], x: Float[Tensor, "... D"]
 ) -> Float[Tensor, "... D"]:
@@ -199,13 +219,21 @@ def linear_gradients(
     return grad_weight, grad_bias
 
 
-def _strides(*conditions: Tensor | None) -> tuple[int, int]:
-    """From sample to sample and from group to group, equal for all."""
-    if conditions[0] is None:
-        return 0, 0
-    ((sample, group, feature),) = {c.stride() for c in conditions if c is not None}
-    assert feature == 1, "the features of a condition lie side by side"
-    return sample, group
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _conditions(*conditions: Tensor) -> tuple[Tensor, ...]:
+    """The conditions with equal strides, and each one's features side by side."""
+    strides = {condition.stride() for condition in conditions}
+    if len(strides) > 1 or any(stride[2] != 1 for stride in strides):
+        return tuple(condition.contiguous() for condition in conditions)
+    return conditions
+
+
+def _strides(condition: Tensor | None) -> tuple[int, ...]:
+    """From sample to sample, and from group to group."""
+    return (0, 0) if condition is None else condition.stride()[:2]
 
 
 def _call(name: str, *arguments: Any) -> None:

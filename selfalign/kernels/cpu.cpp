@@ -27,7 +27,8 @@ typedef float unaligned_vec __attribute__((vector_size(BYTES), aligned(4), may_a
 inline vec load(const float* from) { return *reinterpret_cast<const unaligned_vec*>(from); }
 inline void store(float* to, vec x) { *reinterpret_cast<unaligned_vec*>(to) = x; }
 inline vec all(float x) { return vec{} + x; }
-inline vec max(vec a, vec b) { return a > b ? a : b; }
+inline vec max(vec a, vec b) { return a > b ? a : b; }  // b, if either is not a number
+inline vec min(vec a, vec b) { return a < b ? a : b; }
 
 inline float sum(vec x) {
     for (int64_t half = LANES / 2; half; half /= 2)
@@ -41,7 +42,7 @@ inline float max(vec x) {
 }
 // 2^x within 2 units in the last place; x is clamped to where float32 has normal numbers.
 inline vec power_of_two(vec x) {
-    x = max(x, all(-126.0f));
+    x = min(all(127.0f), max(all(-126.0f), x));
     // Adding 1.5 * 2^23 rounds to whole numbers, and leaves them in the lowest bits.
     const vec rounded = x + 12582912.0f;
     const vec r = x - (rounded - 12582912.0f);

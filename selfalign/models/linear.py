@@ -55,7 +55,7 @@ def linear(
 
 def gelu(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
     """GELU in its tanh form."""
-    if not torch.compiler.is_compiling() and kernels.usable(x):
+    if kernels.usable(x):
         return _Gelu.apply(x)
     return functional.gelu(x, approximate="tanh")
 

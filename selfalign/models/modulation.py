@@ -52,7 +52,7 @@ class ResidualStream:
     ) -> Float[Tensor, "B N D"]:
         """norm(x)·(1 + scale) + shift, with each group's scale and shift."""
         tensors = (self._x, shift, scale, *(self._branch or ()))
-        if not torch.compiler.is_compiling() and kernels.usable(*tensors):
+        if kernels.usable(*tensors):
             gate, update = self._branch or (None, None)
             self._branch = None
             self._x, normed = _ResidualNorm.apply(
@@ -78,8 +78,8 @@ class _ResidualNorm(torch.autograd.Function):
         scale: Tensor,
         ends: tuple[int, ...],
     ) -> tuple[Tensor, Tensor]:
-        branch = None if gate is None or update is None else (gate, update)
-        total, normed, moments = kernels.residual_norm(x, branch, shift, scale, ends)
+        total, normed, moments = kernels.residual_norm(x, gate, update, shift, scale, ends)
+        total = x if gate is None else total
         ctx.save_for_backward(total, moments, scale, gate, update)
         ctx.set_materialize_grads(False)
         ctx.ends = ends
@@ -89,11 +89,12 @@ class _ResidualNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor | None, grad: Tensor) -> tuple[Tensor | None, ...]:
         total, moments, scale, gate, update = ctx.saved_tensors
-        branch = None if gate is None else (gate, update)
-        gradients = kernels.residual_norm_backward(
-            grad_total, grad, total, moments, branch, scale, ctx.ends
+        grad_x, grad_gate, grad_update, grad_shift, grad_scale = kernels.residual_norm_backward(
+            grad_total, grad, total, moments, gate, update, scale, ctx.ends
         )
-        return *gradients, None
+        if gate is None:
+            return grad_x, None, None, grad_shift, grad_scale, None
+        return grad_x, grad_gate, grad_update, grad_shift, grad_scale, None
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor, groups: TokenGroups) -> Tensor:

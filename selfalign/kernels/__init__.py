@@ -48,30 +48,34 @@ torch.compiler.assume_constant_result(available)  # the compiler need not look f
 
 
 @opaque(
-    "(Tensor qkv, int[] parts) -> (Tensor, Tensor)",
-    lambda qkv, parts: (
-        qkv.new_empty(*qkv.shape[:2], *qkv.shape[3:]),
-        qkv.new_empty(qkv.shape[0], qkv.shape[3], qkv.shape[1]),
+    "(Tensor qkv, int heads, int[] parts) -> (Tensor, Tensor)",
+    lambda qkv, heads, parts: (
+        qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3),
+        qkv.new_empty(qkv.shape[0], heads, qkv.shape[1]),
     ),
 )
 def attention(
-    qkv: Float[Tensor, "B N 3 H d"], parts: Sequence[int]
-) -> tuple[Float[Tensor, "B N H d"], Float[Tensor, "B H N"]]:
-    """softmax(q·kᵀ/√d)·v within each part, and the logarithms of the softmax's denominators.
+    qkv: Float[Tensor, "B N 3D"], heads: int, parts: Sequence[int]
+) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B H N"]]:
+    """softmax(q·kᵀ/√d)·v of every head within each part, and the softmax's denominators.
 
     Args:
-        qkv: queries, keys and values.
+        qkv: queries, keys and values, each of H heads with d = D/H features.
+        heads: H.
         parts: four numbers each: first and end sample, first and end token. Together they cover
             every token once.
+
+    Returns:
+        The attended values, and the denominators' logarithms to the base of 2.
     """
-    batch, tokens, _, heads, features = qkv.shape
+    batch, tokens, width = qkv.shape
     qkv = qkv.contiguous()
-    out = qkv.new_empty(batch, tokens, heads, features)
+    out = qkv.new_empty(batch, tokens, width // 3)
     log_sums = qkv.new_empty(batch, heads, tokens)
     _call(
         "attention_forward",
-        *(qkv, out, log_sums),
-        *(_numbers(tuple(parts)), len(parts) // 4, tokens, heads, features),
+        *(qkv, out, log_sums, _numbers(tuple(parts)), len(parts) // 4),
+        *(tokens, heads, width // 3 // heads),
     )
     return out, log_sums
 
@@ -81,19 +85,20 @@ def attention(
     lambda grad, qkv, out, log_sums, parts: qkv.new_empty(qkv.shape),
 )
 def attention_backward(
-    grad: Float[Tensor, "B N H d"],
-    qkv: Float[Tensor, "B N 3 H d"],
-    out: Float[Tensor, "B N H d"],
+    grad: Float[Tensor, "B N D"],
+    qkv: Float[Tensor, "B N 3D"],
+    out: Float[Tensor, "B N D"],
     log_sums: Float[Tensor, "B H N"],
     parts: Sequence[int],
-) -> Float[Tensor, "B N 3 H d"]:
+) -> Float[Tensor, "B N 3D"]:
     """Gradient of `attention` with respect to `qkv`, from its results."""
-    _, tokens, _, heads, features = qkv.shape
-    grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    grad, qkv = grad.contiguous(), qkv.contiguous()
+    grad_qkv = torch.empty_like(qkv)
+    _, heads, tokens = log_sums.shape
     _call(
         "attention_backward",
-        *(qkv.contiguous(), out, log_sums, grad.contiguous(), grad_qkv),
-        *(_numbers(tuple(parts)), len(parts) // 4, tokens, heads, features),
+        *(qkv, out, log_sums, grad, grad_qkv, _numbers(tuple(parts)), len(parts) // 4),
+        *(tokens, heads, out.shape[2] // heads),
     )
     return grad_qkv
 
@@ -206,15 +211,16 @@ def gelu_backward(
 
 @opaque(
     "(Tensor grad, Tensor x) -> (Tensor, Tensor)",
-    lambda grad, x: (grad.new_empty(grad.shape[1], x.shape[1]), grad.new_empty(grad.shape[1])),
+    lambda grad, x: (grad.new_empty(grad.shape[-1], x.shape[-1]), grad.new_empty(grad.shape[-1])),
 )
 def linear_gradients(
-    grad: Float[Tensor, "M N"], x: Float[Tensor, "M K"]
+    grad: Float[Tensor, "... N"], x: Float[Tensor, "... K"]
 ) -> tuple[Float[Tensor, "N K"], Float[Tensor, "N"]]:
     """gradᵀ·x and the sums of grad's columns: the gradients of a linear layer's weight and bias."""
     grad, x = grad.contiguous(), x.contiguous()
-    (rows, outputs), inputs = grad.shape, x.shape[1]
+    outputs, inputs = grad.shape[-1], x.shape[-1]
     grad_weight, grad_bias = grad.new_empty(outputs, inputs), grad.new_empty(outputs)
+    rows = x.numel() // inputs
     _call("linear_gradients", grad, x, grad_weight, grad_bias, rows, outputs, inputs)
     return grad_weight, grad_bias
 

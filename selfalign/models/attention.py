@@ -44,10 +44,12 @@ class Attention(nn.Module):
         parts = [(0, whole, 0, num_tokens)] if whole else []
         if whole < batch:
             parts += [(whole, batch, part.start, part.stop) for part in groups.slices]
-        fused = isinstance(self.q_norm, nn.Identity) and kernels.usable(qkv)
+        if isinstance(self.q_norm, nn.Identity) and kernels.usable(qkv):
+            flat = tuple(itertools.chain(*parts))
+            if torch.is_grad_enabled():
+                return _Attention.apply(qkv, self.heads, flat)
+            return kernels.attention(qkv, self.heads, flat)[0]
         heads = qkv.unflatten(2, (3, self.heads, -1))
-        if fused:
-            return _Attention.apply(heads, tuple(itertools.chain(*parts))).flatten(2)
         split = _SplitHeads.apply(heads, tuple(parts))
         attended = [
             scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v).transpose(1, 2)
@@ -61,16 +63,16 @@ class _Attention(torch.autograd.Function):
     """Dense attention within parts, straight from the product's output to the next one's input."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, parts: tuple[int, ...]) -> Tensor:
-        out, log_sums = kernels.attention(qkv, parts)
+    def forward(ctx: Any, qkv: Tensor, heads: int, parts: tuple[int, ...]) -> Tensor:
+        out, log_sums = kernels.attention(qkv, heads, parts)
         ctx.save_for_backward(qkv, out, log_sums)
         ctx.parts = parts
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return kernels.attention_backward(grad, *ctx.saved_tensors, ctx.parts), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return kernels.attention_backward(grad, *ctx.saved_tensors, ctx.parts), None, None
 
 
 class _SplitHeads(torch.autograd.Function):

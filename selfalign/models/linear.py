@@ -39,7 +39,7 @@ class LinearGelu(nn.Linear):
     def forward(self, input: Float[Tensor, "... K"]) -> Float[Tensor, "... N"]:
         """GELU(x·Wᵀ + b). Without gradients the product itself applies it, before it writes."""
         if _goes_through_onednn(input, self.weight) and not torch.is_grad_enabled():
-            return _by_rows(input, self.weight, self.bias, "gelu")
+            return product(input, self.weight, self.bias, "gelu")
         return gelu(linear(input, self.weight, self.bias))
 
 
@@ -48,7 +48,7 @@ def linear(
 ) -> Float[Tensor, "... N"]:
     """`torch.nn.functional.linear`, by the fastest product there is."""
     if _goes_through_onednn(x, weight):
-        multiply = _OneDnnLinear.apply if torch.is_grad_enabled() else _by_rows
+        multiply = _OneDnnLinear.apply if torch.is_grad_enabled() else product
         return multiply(x, weight, bias)
     return functional.linear(x, weight, bias)
 
@@ -74,14 +74,14 @@ class _Gelu(torch.autograd.Function):
 
 @opaque(
     "(Tensor a, Tensor b, Tensor? bias=None, str activation='none') -> Tensor",
-    lambda a, b, bias=None, activation="none": a.new_empty(len(a), len(b)),
+    lambda a, b, bias=None, activation="none": a.new_empty(*a.shape[:-1], len(b)),
 )
 def product(
-    a: Float[Tensor, "M K"],
+    a: Float[Tensor, "... K"],
     b: Float[Tensor, "N K"],
     bias: Float[Tensor, "N"] | None = None,
     activation: Literal["none", "gelu"] = "none",
-) -> Float[Tensor, "M N"]:
+) -> Float[Tensor, "... N"]:
     """activation(a·bᵀ + bias) of float32 matrices on a CPU. Copies `a` unless it is contiguous.
 
     Opaque to the compiler, which would otherwise copy `b` unless it is contiguous.
@@ -90,11 +90,12 @@ def product(
 
 
 def linear_gradients(
-    grad: Float[Tensor, "M N"], x: Float[Tensor, "M K"]
+    grad: Float[Tensor, "... N"], x: Float[Tensor, "... K"]
 ) -> tuple[Float[Tensor, "N K"], Float[Tensor, "N"]]:
     """gradᵀ·x and the sums of grad's columns: the gradients of a linear layer's weight and bias."""
     if kernels.usable(grad, x):
         return kernels.linear_gradients(grad, x)
+    grad, x = grad.flatten(0, -2), x.flatten(0, -2)
     return product(grad.t(), x.t()), grad.sum(dim=0)
 
 
@@ -107,22 +108,15 @@ def _goes_through_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _by_rows(
-    x: Tensor, weight: Tensor, bias: Tensor, activation: Literal["none", "gelu"] = "none"
-) -> Tensor:
-    return product(x.flatten(0, -2), weight, bias, activation).unflatten(0, x.shape[:-1])
-
-
 class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _by_rows(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
-        grad_x = product(rows, weight.t()).view(x.shape) if ctx.needs_input_grad[0] else None
-        return grad_x, *linear_gradients(rows, x.flatten(0, -2))
+        grad_x = product(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        return grad_x, *linear_gradients(grad, x)

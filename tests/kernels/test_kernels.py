@@ -65,27 +65,28 @@ def assert_close(measured: Tensor, expected: Tensor) -> None:
     ],
 )
 def test_attention(features: int, tokens: int, parts: tuple[int, ...]) -> None:
-    qkv, grad = 2 * numbers(2, tokens, 3, 3, features), numbers(2, tokens, 3, features)
+    qkv, grad = 2 * numbers(2, tokens, 9 * features), numbers(2, tokens, 3 * features)
 
     def attend(qkv: Tensor) -> Tensor:
-        out = torch.zeros(grad.shape, dtype=qkv.dtype)
+        qkv = qkv.unflatten(2, (3, 3, features))
+        out = torch.zeros(2, tokens, 3, features, dtype=qkv.dtype)
         for first, end, begin, stop in zip(*(parts[i::4] for i in range(4)), strict=True):
             q, k, v = qkv[first:end, begin:stop].permute(2, 0, 3, 1, 4)
             scores = q @ k.transpose(-1, -2) / features**0.5
             out[first:end, begin:stop] = (scores.softmax(-1) @ v).transpose(1, 2)
-        return out
+        return out.flatten(2)
 
     expected, gradient = exact(attend, qkv, grad=grad)
-    out, log_sums = kernels.attention(qkv, parts)
+    out, log_sums = kernels.attention(qkv, 3, parts)
     assert_close(out, expected)
     assert_close(kernels.attention_backward(grad, qkv, out, log_sums, parts), gradient)
 
 
 def test_attention_of_large_scores_does_not_overflow() -> None:
-    qkv = 100 * numbers(1, 40, 3, 2, 32)
-    q, k, v = qkv.double().permute(2, 0, 3, 1, 4)
-    expected = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    out, log_sums = kernels.attention(qkv, (0, 1, 0, 40))
+    qkv = 100 * numbers(1, 40, 3 * 64)
+    q, k, v = qkv.double().unflatten(2, (3, 2, 32)).permute(2, 0, 3, 1, 4)
+    expected = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    out, log_sums = kernels.attention(qkv, 2, (0, 1, 0, 40))
     # A score of 10^5 has a rounding error of 4e-3, which the softmax sees.
     assert (out.double() - expected).abs().max() < 0.1 * expected.abs().max()
     assert torch.isfinite(kernels.attention_backward(out, qkv, out, log_sums, (0, 1, 0, 40))).all()
@@ -160,11 +161,11 @@ def test_linear_gradients(rows: int, outputs: int, inputs: int) -> None:
 
 def test_numbers_that_are_not_finite_stay_so() -> None:
     """A step whose loss is not finite has to be seen as such."""
-    qkv, x = numbers(1, 40, 3, 2, 32), numbers(1, 40, 32)
-    qkv[0, 5, 2, 1, 3] = torch.nan
-    assert kernels.attention(qkv, (0, 1, 0, 40))[0][0, :, 1, 3].isnan().all()
-    qkv[0, 5, 0, 1, 3] = torch.nan
-    assert kernels.attention(qkv, (0, 1, 0, 40))[0][0, 5, 1].isnan().all()
+    qkv, x = numbers(1, 40, 3 * 64), numbers(1, 40, 32)
+    qkv[0, 5, 128 + 35] = torch.nan  # a value of the second head
+    assert kernels.attention(qkv, 2, (0, 1, 0, 40))[0][0, :, 35].isnan().all()
+    qkv[0, 5, 35] = torch.nan  # a query
+    assert kernels.attention(qkv, 2, (0, 1, 0, 40))[0][0, 5, 32:].isnan().all()
     x[0, 3, 4] = torch.nan
     condition = torch.zeros(1, 1, 32)
     assert kernels.residual_norm(x, None, None, condition, condition, (40,))[1][0, 3].isnan().all()
@@ -183,9 +184,9 @@ def two_threads() -> Iterator[None]:
 
 def test_numbers_do_not_depend_on_the_threads(two_threads: None) -> None:
     def everything() -> list[Tensor]:
-        qkv, x, grad = numbers(3, 90, 3, 3, 32), numbers(3, 90, 96), numbers(3, 90, 96, seed=1)
+        qkv, x, grad = numbers(3, 90, 288), numbers(3, 90, 96), numbers(3, 90, 96, seed=1)
         condition, ends, parts = numbers(3, 2, 96), (20, 90), (0, 3, 0, 20, 0, 3, 20, 90)
-        out, log_sums = kernels.attention(qkv, parts)
+        out, log_sums = kernels.attention(qkv, 3, parts)
         attention_grad = kernels.attention_backward(out, qkv, out, log_sums, parts)
         total, normed, moments = kernels.residual_norm(
             x, condition, grad, condition, condition, ends
@@ -193,7 +194,7 @@ def test_numbers_do_not_depend_on_the_threads(two_threads: None) -> None:
         norm_grads = kernels.residual_norm_backward(
             grad, grad, total, moments, condition, grad, condition, ends
         )
-        linear = kernels.linear_gradients(grad.flatten(0, 1), x.flatten(0, 1))
+        linear = kernels.linear_gradients(grad, x)
         return [out, log_sums, attention_grad, normed, *norm_grads, *linear]
 
     many = everything()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from selfalign.models.attention import Attention
-from selfalign.models.linear import Linear, LinearGelu, linear
+from selfalign.models.linear import Linear, gelu, linear
 from selfalign.models.modulation import ResidualStream
 
 
@@ -66,12 +66,12 @@ class Mlp(nn.Module):
 
     def __init__(self, hidden_size: int, ratio: float = 4.0) -> None:
         super().__init__()
-        self.fc1 = LinearGelu(hidden_size, int(hidden_size * ratio))
+        self.fc1 = Linear(hidden_size, int(hidden_size * ratio))
         self.fc2 = Linear(int(hidden_size * ratio), hidden_size)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """Per token."""
-        return self.fc2(self.fc1(x))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class SiTBlock(nn.Module):

@@ -6,7 +6,7 @@ carries too, uses AVX-512 wherever there is AVX-512 and is up to 2.2 times as fa
 other dtypes this is torch's own layer.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -33,16 +33,6 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
-class LinearGelu(nn.Linear):
-    """A linear layer and the tanh-approximated GELU of its output."""
-
-    def forward(self, input: Float[Tensor, "... K"]) -> Float[Tensor, "... N"]:
-        """GELU(x·Wᵀ + b). Without gradients the product itself applies it, before it writes."""
-        if _goes_through_onednn(input, self.weight) and not torch.is_grad_enabled():
-            return product(input, self.weight, self.bias, "gelu")
-        return gelu(linear(input, self.weight, self.bias))
-
-
 def linear(
     x: Float[Tensor, "... K"], weight: Float[Tensor, "N K"], bias: Float[Tensor, "N"]
 ) -> Float[Tensor, "... N"]:
@@ -56,7 +46,7 @@ def linear(
 def gelu(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
     """GELU in its tanh form."""
     if kernels.usable(x):
-        return _Gelu.apply(x)
+        return _Gelu.apply(x) if torch.is_grad_enabled() else kernels.gelu(x)
     return functional.gelu(x, approximate="tanh")
 
 
@@ -73,20 +63,19 @@ class _Gelu(torch.autograd.Function):
 
 
 @opaque(
-    "(Tensor a, Tensor b, Tensor? bias=None, str activation='none') -> Tensor",
-    lambda a, b, bias=None, activation="none": a.new_empty(*a.shape[:-1], len(b)),
+    "(Tensor a, Tensor b, Tensor? bias=None) -> Tensor",
+    lambda a, b, bias=None: a.new_empty(*a.shape[:-1], len(b)),
 )
 def product(
     a: Float[Tensor, "... K"],
     b: Float[Tensor, "N K"],
     bias: Float[Tensor, "N"] | None = None,
-    activation: Literal["none", "gelu"] = "none",
 ) -> Float[Tensor, "... N"]:
-    """activation(a·bᵀ + bias) of float32 matrices on a CPU. Copies `a` unless it is contiguous.
+    """a·bᵀ + bias of float32 matrices on a CPU. Copies `a` unless it is contiguous.
 
     Opaque to the compiler, which would otherwise copy `b` unless it is contiguous.
     """
-    return torch.ops.mkldnn._linear_pointwise(a, b, bias, activation, [], "tanh")
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
 
 def linear_gradients(

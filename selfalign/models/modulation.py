@@ -53,11 +53,13 @@ class ResidualStream:
         """norm(x)·(1 + scale) + shift, with each group's scale and shift."""
         tensors = (self._x, shift, scale, *(self._branch or ()))
         if kernels.usable(*tensors):
-            gate, update = self._branch or (None, None)
-            self._branch = None
-            self._x, normed = _ResidualNorm.apply(
-                self._x, gate, update, shift, scale, self.groups.ends
-            )
+            (gate, update), self._branch = self._branch or (None, None), None
+            arguments = (self._x, gate, update, shift, scale, self.groups.ends)
+            if torch.is_grad_enabled():
+                self._x, normed = _ResidualNorm.apply(*arguments)
+                return normed
+            total, normed, _ = kernels.residual_norm(*arguments)
+            self._x = self._x if gate is None else total
             return normed
         return _modulate(
             functional.layer_norm(self.x, self.x.shape[-1:], eps=kernels.EPSILON),

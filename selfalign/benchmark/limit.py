@@ -20,7 +20,7 @@ from selfalign.benchmark.cost import (
 )
 from selfalign.config import RunConfig, group_sizes, override, whole_images
 from selfalign.models.attention import Attention
-from selfalign.models.linear import ONEDNN, gelu, linear_gradients, product
+from selfalign.models.linear import ONEDNN, gelu_, linear_gradients, product
 from selfalign.models.modulation import ResidualStream
 from selfalign.views import TokenGroups
 
@@ -275,7 +275,7 @@ def _elementwise_seconds(
 
     def activation() -> None:
         x, gradient = next(hidden)
-        torch.autograd.grad(gelu(x), x, gradient.detach())
+        torch.autograd.grad(gelu_(x), x, gradient.detach())
 
     return 2 * _median_seconds(half, device, repetitions) + _median_seconds(
         activation, device, repetitions

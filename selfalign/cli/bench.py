@@ -10,6 +10,7 @@ import tyro
 from accelerate import Accelerator
 from rich.table import Table
 
+from selfalign import kernels
 from selfalign.benchmark.cost import Rates, step_cost
 from selfalign.benchmark.limit import measure_limit
 from selfalign.benchmark.measure import peak_memory_mb, time_step
@@ -142,6 +143,7 @@ def _step(words: Sequence[str]) -> int:
         parsed.json,
         {
             **_what(parsed),
+            "cpu_kernels": kernels.available(),
             "parameters": cost.parameters,
             "seconds_per_step": timing.median,
             "seconds_per_step_range": [min(timing.seconds), max(timing.seconds)],
@@ -172,6 +174,7 @@ def _sample(words: Sequence[str]) -> int:
         parsed.json,
         {
             **_what(parsed),
+            "cpu_kernels": kernels.available(),
             "solver": parsed.sampling.solver,
             "steps": parsed.sampling.steps,
             "images_per_second": parsed.batch_size / timing.median,

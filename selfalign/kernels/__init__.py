@@ -128,10 +128,35 @@ def residual_norm(
         shift, scale: per group.
         ends: where each group's tokens end.
     """
-    x, update = x.contiguous(), _contiguous(update)
+    x = x.contiguous()
+    total = x.new_empty(0) if gate is None else torch.empty_like(x)
+    return total, *_residual_norm(x, gate, update, shift, scale, ends, total)
+
+
+def residual_norm_(
+    x: Float[Tensor, "B N D"],
+    gate: Float[Tensor, "B K D"] | None,
+    update: Float[Tensor, "B N D"] | None,
+    shift: Float[Tensor, "B K D"],
+    scale: Float[Tensor, "B K D"],
+    ends: Sequence[int],
+) -> Float[Tensor, "B N D"]:
+    """The norm that `residual_norm` returns; the sum is written over x. Not for the compiler."""
+    return _residual_norm(x, gate, update, shift, scale, ends, x)[0]
+
+
+def _residual_norm(
+    x: Tensor,
+    gate: Tensor | None,
+    update: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    ends: Sequence[int],
+    total: Tensor,
+) -> tuple[Tensor, Tensor]:
+    update = _contiguous(update)
     gate = None if gate is None else _conditions(gate)[0]
     shift, scale = _conditions(shift, scale)
-    total = x.new_empty(0) if gate is None else torch.empty_like(x)
     normed, moments = torch.empty_like(x), x.new_empty(*x.shape[:2], 2)
     _call(
         "residual_norm_forward",
@@ -139,7 +164,7 @@ def residual_norm(
         *(total, normed, moments, _numbers(tuple(ends))),
         *(len(x), x.shape[1], len(ends), x.shape[2], EPSILON),
     )
-    return total, normed, moments
+    return normed, moments
 
 
 @opaque(
@@ -196,6 +221,12 @@ def gelu(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
     out = torch.empty_like(x)
     _call("gelu_forward", x, out, x.numel())
     return out
+
+
+def gelu_(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+    """`gelu`, written over x, which is contiguous. Not for the compiler."""
+    _call("gelu_forward", x, x, x.numel())
+    return x
 
 
 @opaque("(Tensor grad, Tensor x) -> Tensor", lambda grad, x: x.new_empty(x.shape))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from selfalign.models.attention import Attention
-from selfalign.models.linear import Linear, gelu, linear
+from selfalign.models.linear import Linear, gelu_, linear
 from selfalign.models.modulation import ResidualStream
 
 
@@ -71,7 +71,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """Per token."""
-        return self.fc2(gelu(self.fc1(x)))
+        return self.fc2(gelu_(self.fc1(x)))
 
 
 class SiTBlock(nn.Module):

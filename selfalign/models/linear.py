@@ -43,10 +43,12 @@ def linear(
     return functional.linear(x, weight, bias)
 
 
-def gelu(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-    """GELU in its tanh form."""
+def gelu_(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+    """GELU in its tanh form. x is lost where no gradient is needed."""
     if kernels.usable(x):
-        return _Gelu.apply(x) if torch.is_grad_enabled() else kernels.gelu(x)
+        if torch.is_grad_enabled():
+            return _Gelu.apply(x)
+        return kernels.gelu(x) if torch.compiler.is_compiling() else kernels.gelu_(x)
     return functional.gelu(x, approximate="tanh")
 
 

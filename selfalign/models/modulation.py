@@ -31,21 +31,25 @@ class ResidualStream:
         self.groups = groups
         self._x = x
         self._branch: tuple[Tensor, Tensor] | None = None
+        self._own = False  # whether nobody else has seen `_x`: then a sum may be written over it
 
     @property
     def x(self) -> Float[Tensor, "B N D"]:
         """The features, all updates included."""
         if self._branch is not None:
             self._x, self._branch = _add_gated(self._x, *self._branch, self.groups), None
+        self._own = False
         return self._x
 
     @x.setter
     def x(self, value: Float[Tensor, "B N D"]) -> None:
-        self._x, self._branch = value, None
+        self._x, self._branch, self._own = value, None, False
 
     def add(self, gate: Float[Tensor, "B K D"], update: Float[Tensor, "B N D"]) -> None:
         """x ← x + gate·update, with each group's gate."""
-        self._x, self._branch = self.x, (gate, update)
+        if self._branch is not None:
+            self._x = self.x
+        self._branch = (gate, update)
 
     def norm(
         self, shift: Float[Tensor, "B K D"], scale: Float[Tensor, "B K D"]
@@ -58,8 +62,11 @@ class ResidualStream:
             if torch.is_grad_enabled():
                 self._x, normed = _ResidualNorm.apply(*arguments)
                 return normed
+            if self._own and gate is not None and not torch.compiler.is_compiling():
+                return kernels.residual_norm_(*arguments)
             total, normed, _ = kernels.residual_norm(*arguments)
-            self._x = self._x if gate is None else total
+            if gate is not None:
+                self._x, self._own = total, True
             return normed
         return _modulate(
             functional.layer_norm(self.x, self.x.shape[-1:], eps=kernels.EPSILON),

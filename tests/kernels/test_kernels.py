@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from selfalign import SiT, TokenGroups, kernels
 from selfalign.kernels import build
+from selfalign.models.modulation import ResidualStream
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no kernels on this machine")
 
@@ -217,9 +218,33 @@ def test_a_model_is_the_same_without_kernels(whole: int, monkeypatch: pytest.Mon
         return [velocity.detach(), features.detach(), *(p.grad for p in model.parameters())]
 
     fused = run()
+    with torch.no_grad():
+        assert torch.equal(model(*inputs)[0], fused[0])
     monkeypatch.setattr(kernels, "available", lambda: False)
     for own, other in zip(fused, run(), strict=True):
         assert (own - other).abs().max() <= 1e-5 * max(1.0, float(other.abs().max()))
+
+
+def test_without_gradients_memory_is_reused_but_not_what_others_see() -> None:
+    x, update, condition = numbers(2, 9, 32), numbers(2, 9, 32, seed=1), numbers(2, 2, 32)
+    groups = TokenGroups(None, (4, 5))
+
+    def run() -> tuple[list[Tensor], list[Tensor]]:
+        stream, seen, norms = ResidualStream(x, groups), [x], []
+        for look in (False, False, True, False, False):
+            stream.add(condition, update)
+            norms.append(stream.norm(condition, condition))
+            if look:
+                seen.append(stream.x)
+        return norms, [*seen, stream.x]
+
+    original = x.clone()
+    with torch.no_grad():
+        norms, seen = run()
+    expected_norms, expected_seen = run()
+    assert torch.equal(x, original)
+    for own, other in zip([*norms, *seen], [*expected_norms, *expected_seen], strict=True):
+        assert torch.equal(own, other)
 
 
 class TestBuild:
@@ -256,3 +281,27 @@ class TestBuild:
             UserWarning, match="the CPU kernels are not used, training is slower: .+"
         ):
             assert build.library() is None
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_compiler_knows_the_shapes(gated: bool) -> None:
+    """Schema, fake results and real ones of every operation that the compiler calls."""
+    operations = torch.ops.selfalign
+    qkv, x, grad = numbers(2, 9, 96), numbers(2, 9, 32), numbers(2, 9, 32, seed=1)
+    condition, parts, ends = numbers(2, 2, 32), [0, 2, 0, 9], [4, 9]
+    gate, update = (condition, grad) if gated else (None, None)
+    out, log_sums = kernels.attention(qkv, 2, parts)
+    moments = kernels.residual_norm(x, gate, update, condition, condition, ends)[2]
+    for operation, arguments in (
+        (operations.attention, (qkv, 2, parts)),
+        (operations.attention_backward, (grad, qkv, out, log_sums, parts)),
+        (operations.residual_norm, (x, gate, update, condition, condition, ends)),
+        (
+            operations.residual_norm_backward,
+            (grad, grad, x, moments, gate, update, condition, ends),
+        ),
+        (operations.gelu, (x,)),
+        (operations.gelu_backward, (grad, x)),
+        (operations.linear_gradients, (grad, x)),
+    ):
+        torch.library.opcheck(operation.default, arguments)

@@ -11,7 +11,6 @@ import functools
 import gc
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -220,7 +219,9 @@ def report_memory(side: str, image_side: int, batch: int) -> None:
         step()
     sizes = peak_of_allocations(profiler)
     seconds = step()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Of this process alone: getrusage would begin with what its parent had used.
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
     # The first step also makes two moments and the gradients, which are states.
     states = 3 * 4 * step_cost(config, batch).parameters / 2**20
     print(json.dumps({"peak_mib": peak, "step_mib": sizes / 2**20 - states, "seconds": seconds}))

@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 
+_LIBRARY = torch.library.Library("selfalign", "FRAGMENT")
+
 
 def opaque(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a function one operation for the compiler; without it the function is called directly.
+    """Make a function on a CPU one operation for the compiler; eager code calls it directly.
 
     The dispatcher, which an operation goes through, would cost a small step more than the work.
+    Gradients are the business of the autograd functions that call it.
 
     Args:
         schema: the operation's arguments and results, as torch.library writes them.
@@ -18,9 +21,11 @@ def opaque(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        name = f"selfalign::{function.__name__}"
-        operation = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
-        operation.register_fake(fake)
+        name = function.__name__
+        _LIBRARY.define(name + schema, tags=torch.Tag.needs_exact_strides)
+        _LIBRARY.impl(name, function, "CPU")
+        torch.library.register_fake(f"selfalign::{name}", fake, lib=_LIBRARY)
+        operation = getattr(torch.ops.selfalign, name).default
 
         @functools.wraps(function)
         def call(*arguments: Any) -> Any:

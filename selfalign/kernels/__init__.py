@@ -225,6 +225,7 @@ def gelu(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
 
 def gelu_(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
     """`gelu`, written over x, which is contiguous. Not for the compiler."""
+    assert x.is_contiguous()
     _call("gelu_forward", x, x, x.numel())
     return x
 

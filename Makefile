@@ -13,7 +13,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 install: $(INSTALLED)  ## create the environment in .venv
 
-demo: $(INSTALLED)  ## train the paper's recipe on handwritten digits, sample and evaluate (about 5 minutes)
+demo: $(INSTALLED)  ## train the paper's recipe on handwritten digits, sample and evaluate (about 3 minutes)
 	$(BIN)/selfalign train sra-dts-as --out runs/demo --data.name digits --model.size tiny \
 		--training.steps 1100 --training.batch-size 64 --training.learning-rate 1e-3 \
 		--training.schedule cosine --training.warmup-steps 50 --training.ema-decay 0.995 \

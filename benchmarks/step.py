@@ -28,7 +28,7 @@ from reference import ReferenceSiT, reference_losses, reference_sde, update_ema
 from selfalign import RunConfig, draw_views, make_generator, recipe, resolve
 from selfalign.benchmark.cost import step_cost
 from selfalign.benchmark.limit import StepLimit, measure_limit, measure_rates
-from selfalign.benchmark.measure import StepBenchmark, make_model
+from selfalign.benchmark.measure import StepBenchmark, make_model, peak_memory_mb
 from selfalign.benchmark.sampling import measure_sampling_limit
 from selfalign.config import DataConfig
 from selfalign.data import Split, open_data, training_batches
@@ -219,9 +219,7 @@ def report_memory(side: str, image_side: int, batch: int) -> None:
         step()
     sizes = peak_of_allocations(profiler)
     seconds = step()
-    # Of this process alone: getrusage would begin with what its parent had used.
-    status = Path("/proc/self/status").read_text()
-    peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
+    peak = peak_memory_mb(torch.device("cpu"))
     # The first step also makes two moments and the gradients, which are states.
     states = 3 * 4 * step_cost(config, batch).parameters / 2**20
     print(json.dumps({"peak_mib": peak, "step_mib": sizes / 2**20 - states, "seconds": seconds}))

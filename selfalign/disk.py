@@ -1,4 +1,4 @@
-"""Files and folders that are there whole, or not at all."""
+"""Files and folders that are there whole, or not at all, and where those that can be made again are kept."""
 
 import os
 from collections.abc import Callable
@@ -22,6 +22,12 @@ def _flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def cache_folder(kind: str) -> Path:
+    """The folder `kind` in `$SELFALIGN_CACHE`, or in `~/.cache/selfalign`."""
+    root = os.environ.get("SELFALIGN_CACHE")
+    return (Path(root) if root else Path.home() / ".cache" / "selfalign") / kind
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

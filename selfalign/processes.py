@@ -1,9 +1,10 @@
-"""What several processes do together: fail, too."""
+"""What several processes do together: fail, and leave."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -51,3 +52,13 @@ def main_process_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
             if accelerator.is_main_process == turn:
                 results.append(work())
     return results[0]
+
+
+def leave() -> None:
+    """End the process group, if there is one; for the end of work that all processes reach.
+
+    Its threads drop Python objects now and then, and abort a process whose interpreter has ended by then
+    (pytorch/pytorch#179291). A process that fails alone must not wait for the others here.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -102,23 +102,25 @@ def resume_run(
     config, fingerprint = read_config(folder)
     if steps is not None:
         config = override(config, {"training.steps": steps})
-    checkpoint = latest_checkpoint(folder / "checkpoints")
-    done = load_state(checkpoint)["step"]
-    if done >= config.training.steps:
-        raise UserError(
-            f"{folder} is finished: {done} of {config.training.steps} steps are done; "
-            "--training.steps takes a larger number"
-        )
-    source = open_data(config.data)
-    if source.fingerprint != fingerprint:
-        raise UserError(
-            f"the data of {folder} has changed since it was started (fingerprint "
-            f"{source.fingerprint} instead of {fingerprint}); start a new run"
-        )
     accelerator = make_accelerator(config.training, folder)
-    config = resolve(config, processes=accelerator.num_processes)
-    if accelerator.is_main_process:
-        write_config(folder, config, source)
+    with together(accelerator):
+        checkpoint = latest_checkpoint(folder / "checkpoints")
+        done = load_state(checkpoint)["step"]
+        if done >= config.training.steps:
+            raise UserError(
+                f"{folder} is finished: {done} of {config.training.steps} steps are done; "
+                "--training.steps takes a larger number"
+            )
+    source = main_process_first(accelerator, lambda: open_data(config.data))
+    with together(accelerator):
+        if source.fingerprint != fingerprint:
+            raise UserError(
+                f"the data of {folder} has changed since it was started (fingerprint "
+                f"{source.fingerprint} instead of {fingerprint}); start a new run"
+            )
+        config = resolve(config, processes=accelerator.num_processes)
+        if accelerator.is_main_process:
+            write_config(folder, config, source)
     return _train(config, source, folder, accelerator, checkpoint, progress, monitors)
 
 

@@ -1,5 +1,9 @@
-"""Small models, configs and draws that the tests share."""
+"""Small models, configs and draws that the tests share, and commands in two processes."""
 
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -77,3 +81,36 @@ class AnalyticModel(nn.Module):
         """`function(x, t, labels)`, with t and labels broadcast against images."""
         self.calls.append({"x": xt, "t": timesteps, "labels": labels, "groups": groups})
         return self.function(xt, timesteps[:, None, None, None], labels[:, None, None, None])
+
+
+def in_two_processes(*arguments: object) -> list[tuple[int, str]]:
+    """Run a command in two processes, over gloo on the CPU: the exit code and stderr of each.
+
+    Without torchrun, which would end one process when the other fails.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "selfalign.cli", *map(str, arguments)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=180)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]

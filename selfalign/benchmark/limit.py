@@ -52,6 +52,15 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def seconds_of(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a device takes for what a function tells it."""
+    synchronize(device)
+    started = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
 class Products:
     """All matrix products of a step's linear layers in the step's order, on operands of their own.
 
@@ -110,13 +119,8 @@ class Products:
 
     def __call__(self) -> float:
         """Multiply everything once and return the seconds. Results are kept until the end, as a step's."""
-        synchronize(self.device)
-        started = time.perf_counter()
-        results = [call() for call in self._calls]
-        synchronize(self.device)
-        seconds = time.perf_counter() - started
-        results.clear()
-        return seconds
+        results: list[object] = []
+        return seconds_of(lambda: results.extend(call() for call in self._calls), self.device)
 
 
 def _in_turn(layers: list[Linear], count: Callable[[Linear], int]) -> list[tuple[Linear, int]]:
@@ -296,14 +300,7 @@ def _median_seconds(
 ) -> float:
     for _ in range(2):
         function()
-    seconds = []
-    for _ in range(repetitions):
-        synchronize(device)
-        started = time.perf_counter()
-        function()
-        synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+    return statistics.median(seconds_of(function, device) for _ in range(repetitions))
 
 
 def _memory_rate(device: torch.device, parameters: int) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from selfalign.benchmark.limit import synchronize
+from selfalign.benchmark.limit import seconds_of, synchronize
 from selfalign.config import RunConfig
 from selfalign.models.sit import SiT
 from selfalign.training.ema import EMA
@@ -72,13 +72,11 @@ class StepBenchmark:
 
     def __call__(self) -> float:
         """Take one step and return its seconds."""
-        device = self.accelerator.device
-        synchronize(device)
-        started = time.perf_counter()
-        self.take_step(self._step, [self.batch])
-        synchronize(device)
+        seconds = seconds_of(
+            lambda: self.take_step(self._step, [self.batch]), self.accelerator.device
+        )
         self._step += 1
-        return time.perf_counter() - started
+        return seconds
 
     def parts(self) -> dict[str, float]:
         """Take one step in pieces and return the seconds of each."""
@@ -146,5 +144,8 @@ def peak_memory_mb(device: torch.device) -> float:
     """Largest memory so far: of the device if it keeps count, otherwise of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would begin with what the parent process had used
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest / 2**20 if sys.platform == "darwin" else largest / 2**10

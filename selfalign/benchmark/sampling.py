@@ -1,12 +1,11 @@
 """Measure sampling, and the limit that this machine sets for it."""
 
 import statistics
-import time
 from dataclasses import dataclass
 
 import torch
 
-from selfalign.benchmark.limit import measure_pass_limit, synchronize
+from selfalign.benchmark.limit import measure_pass_limit, seconds_of, synchronize
 from selfalign.benchmark.measure import make_model
 from selfalign.config import RunConfig
 from selfalign.sampling.generate import SamplingConfig, generate
@@ -68,13 +67,12 @@ def time_sampling(
     """
     device = torch.device(device)
     model = make_model(config).eval().requires_grad_(False).to(device)
-    seconds = []
-    for _ in range(repetitions + 1):
-        synchronize(device)
-        started = time.perf_counter()
+
+    def sample() -> None:
         for _ in generate(model, config.flow.path, sampling, batch_size, batch_size=batch_size):
             synchronize(device)
-        seconds.append(time.perf_counter() - started)
+
+    seconds = [seconds_of(sample, device) for _ in range(repetitions + 1)]
     limit, flops = measure_sampling_limit(config, sampling, batch_size, device)
     unguided, guided = count_passes(sampling)
     return SamplingTiming(seconds[1:], limit, unguided + 2 * guided, flops)

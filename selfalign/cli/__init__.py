@@ -15,6 +15,7 @@ from selfalign.cli.sample import sample_command
 from selfalign.cli.study import study_command
 from selfalign.cli.train import recipes_command, train_command
 from selfalign.errors import AgreedError, UserError
+from selfalign.processes import leave
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train_command, "train a recipe, or go on with a run"),
@@ -42,10 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if arguments[0] not in COMMANDS:
             raise UserError(f"command is {arguments[0]!r}: allowed are {', '.join(COMMANDS)}")
-        return COMMANDS[arguments[0]][0](arguments[1:])
+        code = COMMANDS[arguments[0]][0](arguments[1:])
+        leave()
+        return code
     except UserError as error:
-        if isinstance(error, AgreedError) and os.environ.get("RANK", "0") != "0":
-            return 2  # the first process says it
+        if isinstance(error, AgreedError):
+            leave()
+            if os.environ.get("RANK", "0") != "0":
+                return 2  # the first process says it
         line = " ".join(str(error).split())
         print(f"selfalign: error: {line}", file=sys.stderr)
         return 2

@@ -1,6 +1,5 @@
-"""Where downloaded weights, classifiers and reference statistics are kept, and arrays written."""
+"""Arrays written whole or not at all."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,6 @@ from typing import Any
 import numpy as np
 
 from selfalign.disk import write_whole
-
-
-def cache_folder(kind: str) -> Path:
-    """The folder `kind` in `$SELFALIGN_CACHE`, or in `~/.cache/selfalign`."""
-    root = os.environ.get("SELFALIGN_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "selfalign") / kind
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:

@@ -14,9 +14,8 @@ from torch.nn import functional
 
 from selfalign.data import DataSource
 from selfalign.data.datasets import Split
-from selfalign.disk import write_whole
+from selfalign.disk import cache_folder, write_whole
 from selfalign.errors import UserError
-from selfalign.evaluation.cache import cache_folder
 from selfalign.randomness import make_generator
 from selfalign.sampling.generate import to_uint8
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from selfalign.data import DataSource
+from selfalign.disk import cache_folder
 from selfalign.errors import UserError
-from selfalign.evaluation.cache import cache_folder
 from selfalign.evaluation.classifier import get_classifier
 from selfalign.evaluation.inputs import ImageSet, hash_file
 from selfalign.processes import together

@@ -130,30 +130,22 @@ def residual_norm(
     """
     x = x.contiguous()
     total = x.new_empty(0) if gate is None else torch.empty_like(x)
-    return total, *_residual_norm(x, gate, update, shift, scale, ends, total)
+    return total, *residual_norm_into(total, x, gate, update, shift, scale, ends)
 
 
-def residual_norm_(
-    x: Float[Tensor, "B N D"],
-    gate: Float[Tensor, "B K D"] | None,
-    update: Float[Tensor, "B N D"] | None,
-    shift: Float[Tensor, "B K D"],
-    scale: Float[Tensor, "B K D"],
-    ends: Sequence[int],
-) -> Float[Tensor, "B N D"]:
-    """The norm that `residual_norm` returns; the sum is written over x. Not for the compiler."""
-    return _residual_norm(x, gate, update, shift, scale, ends, x)[0]
-
-
-def _residual_norm(
+def residual_norm_into(
+    total: Tensor,
     x: Tensor,
     gate: Tensor | None,
     update: Tensor | None,
     shift: Tensor,
     scale: Tensor,
     ends: Sequence[int],
-    total: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    """`residual_norm`, with the sum written to `total`, which may be x. Not for the compiler.
+
+    Both are contiguous. Returns the norm and each token's mean and 1/σ.
+    """
     update = _contiguous(update)
     gate = None if gate is None else _conditions(gate)[0]
     shift, scale = _conditions(shift, scale)

@@ -3,7 +3,6 @@
 import ctypes
 import functools
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from selfalign.disk import write_whole
+from selfalign.disk import cache_folder, write_whole
 from selfalign.errors import UserError
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -27,15 +26,15 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they cannot be had.
 
     They need Linux, an x86 processor with AVX2 or AVX-512 and g++, whose OpenMP shares its threads
-    with torch's. Compiling takes about two seconds; the result is kept in the user's cache folder,
-    under a name that depends on source, flags, compiler and processor.
+    with torch's. Compiling takes about two seconds; the result is kept in the cache
+    folder, under a name that depends on source, flags, compiler and processor.
     """
     compiler = shutil.which("g++")
     vectors = torch.backends.cpu.get_cpu_capability()
     if not sys.platform.startswith("linux") or not compiler or vectors not in ("AVX2", "AVX512"):
         return None
-    path = _cache_folder() / f"cpu-{_fingerprint(compiler)}.so"
     try:
+        path = cache_folder("kernels") / f"cpu-{_fingerprint(compiler)}.so"
         if not path.exists():
             write_whole(path, functools.partial(_compile, compiler))
         return ctypes.CDLL(str(path))
@@ -51,10 +50,6 @@ def library() -> ctypes.CDLL | None:
 def _compile(compiler: str, path: Path) -> None:
     command = [compiler, *FLAGS, "-o", str(path), str(SOURCE)]
     subprocess.run(command, check=True, capture_output=True, text=True)
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "selfalign"
 
 
 def _fingerprint(compiler: str) -> str:

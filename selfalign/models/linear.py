@@ -110,4 +110,6 @@ class _OneDnnLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad_x = product(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[1:]):  # a frozen layer
+            return grad_x, None, None
         return grad_x, *linear_gradients(grad, x)

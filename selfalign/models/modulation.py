@@ -36,8 +36,7 @@ class ResidualStream:
     @property
     def x(self) -> Float[Tensor, "B N D"]:
         """The features, all updates included."""
-        if self._branch is not None:
-            self._x, self._branch = _add_gated(self._x, *self._branch, self.groups), None
+        self._settle()
         self._own = False
         return self._x
 
@@ -47,9 +46,13 @@ class ResidualStream:
 
     def add(self, gate: Float[Tensor, "B K D"], update: Float[Tensor, "B N D"]) -> None:
         """x ← x + gate·update, with each group's gate."""
-        if self._branch is not None:
-            self._x = self.x
+        self._settle()
         self._branch = (gate, update)
+
+    def _settle(self) -> None:
+        """Carry out the update that waits, if one does."""
+        if self._branch is not None:
+            self._x, self._branch = _add_gated(self._x, *self._branch, self.groups), None
 
     def norm(
         self, shift: Float[Tensor, "B K D"], scale: Float[Tensor, "B K D"]
@@ -63,7 +66,7 @@ class ResidualStream:
                 self._x, normed = _ResidualNorm.apply(*arguments)
                 return normed
             if self._own and gate is not None and not torch.compiler.is_compiling():
-                return kernels.residual_norm_(*arguments)
+                return kernels.residual_norm_into(self._x, *arguments)[0]
             total, normed, _ = kernels.residual_norm(*arguments)
             if gate is not None:
                 self._x, self._own = total, True

@@ -21,6 +21,7 @@ from selfalign.data import DataSource, training_batches
 from selfalign.errors import UserError
 from selfalign.models.sit import SiT
 from selfalign.objective import Losses
+from selfalign.processes import together
 from selfalign.training.checkpoint import (
     load_optimizer,
     load_state,
@@ -104,7 +105,8 @@ def train(
     optimizer = make_optimizer(training, student)
     state = TrainingState(config, source, folder, accelerator, student, ema, optimizer)
     if checkpoint is not None:
-        _restore(state, checkpoint)
+        with together(accelerator):
+            _restore(state, checkpoint)
     take_step = TrainingStep(config, accelerator, student, ema, optimizer)
     state.metrics = Metrics(folder, accelerator, state.step)
 
@@ -150,7 +152,8 @@ def train(
             _visit(state, monitors)
             started += time.perf_counter() - before  # monitors do not count as training time
     if state.stopped_by is not None and state.step < training.steps:
-        _save(state)
+        with together(accelerator):
+            _save(state)
     state.metrics.close()
     return state
 
@@ -224,13 +227,18 @@ def _visit(state: TrainingState, monitors: Sequence[Monitor]) -> None:
     def due(every: int) -> bool:
         return finished or (every > 0 and state.step % every == 0)
 
-    try:
-        for monitor in monitors:
-            if due(monitor.every) and state.accelerator.is_main_process:
-                monitor(state)
-    finally:
-        if due(training.checkpoint_every):
-            _save(state)
+    monitors = [monitor for monitor in monitors if due(monitor.every)]
+    save = due(training.checkpoint_every)
+    if not monitors and not save:
+        return
+    with together(state.accelerator):
+        try:
+            if state.accelerator.is_main_process:
+                for monitor in monitors:
+                    monitor(state)
+        finally:
+            if save:
+                _save(state)
 
 
 def _values(accelerator: Accelerator, losses: list[Losses], norm: torch.Tensor) -> dict[str, float]:

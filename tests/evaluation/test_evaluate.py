@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from support import in_two_processes
 
 from selfalign import UserError
 from selfalign.cli import main
@@ -280,32 +280,9 @@ def test_what_one_process_cannot_do_ends_all_with_one_line(
     }[fails_in]
     if fails_in == "the other one":
         (folder / "67.png").write_bytes(b"no image")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "selfalign.cli", "evaluate", str(folder)]
-    command += ["--data.name", "digits", "--reference", "digits", *options]
-    # Without torchrun, which would end one process when the other fails.
-    processes = [
-        subprocess.Popen(
-            command,
-            env={
-                **os.environ,
-                "ACCELERATE_USE_CPU": "true",
-                "CUDA_VISIBLE_DEVICES": "",
-                "WORLD_SIZE": "2",
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            },
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=180)[1] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], said
+    command = ("evaluate", folder, "--data.name", "digits", "--reference", "digits", *options)
+    codes, said = zip(*in_two_processes(*command), strict=True)
+    assert codes == (2, 2), said
     assert said[0].count("\n") == 1 and message in said[0]
     assert said[1] == ""
 

@@ -250,18 +250,18 @@ def test_without_gradients_memory_is_reused_but_not_what_others_see() -> None:
 class TestBuild:
     @pytest.fixture(autouse=True)
     def cache(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setenv("SELFALIGN_CACHE", str(tmp_path))
         build.library.cache_clear()
         yield tmp_path
         build.library.cache_clear()
 
     def test_compiles_once(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert build.library() is not None
-        (made,) = (cache / "selfalign").iterdir()
+        (made,) = (cache / "kernels").iterdir()
         build.library.cache_clear()
         monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled again"))
         assert build.library() is not None
-        assert list((cache / "selfalign").iterdir()) == [made]
+        assert list((cache / "kernels").iterdir()) == [made]
 
     def test_without_a_compiler_there_are_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(shutil, "which", lambda name: None)
@@ -276,7 +276,7 @@ class TestBuild:
             broken.write_text("this is not C++\n")
             monkeypatch.setattr(build, "SOURCE", broken)
         else:
-            (cache / "selfalign").write_text("a file where the folder should be")
+            (cache / "kernels").write_text("a file where the folder should be")
         with pytest.warns(
             UserWarning, match="the CPU kernels are not used, training is slower: .+"
         ):

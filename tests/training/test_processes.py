@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support import in_two_processes
+
 from selfalign.run import read_config
-from selfalign.training.checkpoint import latest_checkpoint
+from selfalign.training.checkpoint import checkpoint_name, latest_checkpoint
 from selfalign.training.tracking import read_metrics
 
 OPTIONS = [
@@ -47,3 +49,26 @@ def test_two_processes_train_one_run(tmp_path: Path) -> None:
     checkpoint = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert json.loads((checkpoint / "state.json").read_text())["step"] == 4
     assert read_config(tmp_path / "run")[0].training.batch_size == 16
+
+
+def test_what_only_one_process_cannot_do_ends_both_with_one_line(tmp_path: Path) -> None:
+    """Only the main process writes checkpoints; the other one has to hear of it."""
+    run = tmp_path / "run"
+    command = ("train", "sra-dts-as", "--out", run, "--data.name", "digits", *OPTIONS)
+    (codes, said) = zip(*in_two_processes(*command, "--training.steps", "4"), strict=True)
+    assert codes == (0, 0), said
+    checkpoints = run / "checkpoints"
+    (checkpoints / f".{checkpoint_name(6)}.partial").touch()  # a file, where a folder has to go
+    (codes, said) = zip(
+        *in_two_processes("train", "--resume", run, "--training.steps", "6"), strict=True
+    )
+    assert codes == (2, 2), said
+    assert "cannot be written" in said[0] and said[0].count("selfalign: error") == 1
+    assert "selfalign: error" not in said[1]
+    assert latest_checkpoint(checkpoints).name == checkpoint_name(4)
+
+
+def test_a_finished_run_is_refused_once(small_run: Path) -> None:
+    (codes, said) = zip(*in_two_processes("train", "--resume", small_run), strict=True)
+    assert codes == (2, 2), said
+    assert "is finished: 6 of 6 steps are done" in said[0] and said[1] == ""

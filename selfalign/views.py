@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from selfalign.config import FlowConfig, RunConfig, group_sizes, whole_images
 from selfalign.flow import PATHS
@@ -58,9 +59,11 @@ class TokenGroups:
         return tuple(slice(end - size, end) for end, size in ends)
 
     def sort(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        """Bring tokens from image order into group order."""
+        """Bring tokens from image order into group order; those of one image (1 N D) for every image."""
         if self.order is None:
             return tokens
+        if len(tokens) == 1:
+            return functional.embedding(self.order, tokens[0])  # copies whole rows
         return tokens.gather(1, self.order[..., None].expand(-1, -1, tokens.shape[-1]))
 
     def restore(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <immintrin.h>
 #include <omp.h>
 
 namespace {
@@ -26,6 +27,17 @@ typedef float unaligned_vec __attribute__((vector_size(BYTES), aligned(4), may_a
 
 inline vec load(const float* from) { return *reinterpret_cast<const unaligned_vec*>(from); }
 inline void store(float* to, vec x) { *reinterpret_cast<unaligned_vec*>(to) = x; }
+// For large results that nobody reads soon: past the caches, so that memory is not read first only to be
+// overwritten. `to` is aligned to BYTES, as rows of torch's own memory are. What is streamed is seen by
+// other threads after the streaming one's `finish_streaming`.
+inline void stream(float* to, vec x) {
+#ifdef __AVX512F__
+    _mm512_stream_ps(to, x);
+#else
+    _mm256_stream_ps(to, x);
+#endif
+}
+inline void finish_streaming() { _mm_sfence(); }
 inline vec all(float x) { return vec{} + x; }
 inline vec max(vec a, vec b) { return a > b ? a : b; }  // b, if either is not a number
 inline vec min(vec a, vec b) { return a < b ? a : b; }
@@ -427,8 +439,11 @@ void residual_norm_forward(const float* x, const float* gate, const float* updat
                            float* sum_out, float* normed, float* moments, const int64_t* ends,
                            int64_t B, int64_t N, int64_t K, int64_t D, float epsilon) {
     const Chunks chunks(B, ends, K);
+    Scratch scratch(omp_get_max_threads() * D);
+    float* rows = scratch.take(omp_get_max_threads() * D);
 #pragma omp parallel for schedule(static)
     for (int64_t c = 0; c < chunks.count(); c++) {
+        float* held = rows + omp_get_thread_num() * D;
         const Chunk chunk = chunks[c];
         const int64_t condition = chunk.sample * sample_stride + chunk.group * group_stride;
         const float* gates = gate ? gate + chunk.sample * gate_sample + chunk.group * gate_group : 0;
@@ -439,10 +454,14 @@ void residual_norm_forward(const float* x, const float* gate, const float* updat
             if (gate) {
                 for (int64_t j = 0; j < D; j += LANES) {
                     const vec a = load(from + j) + load(gates + j) * load(update + row * D + j);
-                    store(sum_out + row * D + j, a);
+                    store(held + j, a);
                     sums += a;
+                    if (sum_out == x)
+                        store(sum_out + row * D + j, a);
+                    else
+                        stream(sum_out + row * D + j, a);
                 }
-                from = sum_out + row * D;
+                from = held;
             } else {
                 for (int64_t j = 0; j < D; j += LANES) sums += load(from + j);
             }
@@ -455,12 +474,13 @@ void residual_norm_forward(const float* x, const float* gate, const float* updat
             const float inverse = 1 / std::sqrt(sum(squares) / D + epsilon);
             for (int64_t j = 0; j < D; j += LANES) {
                 const vec centred = (load(from + j) - mean) * inverse;
-                store(normed + row * D + j,
-                      centred * (load(scale + condition + j) + 1.0f) + load(shift + condition + j));
+                stream(normed + row * D + j,
+                       centred * (load(scale + condition + j) + 1.0f) + load(shift + condition + j));
             }
             moments[2 * row] = mean;
             moments[2 * row + 1] = inverse;
         }
+        finish_streaming();
     }
 }
 
@@ -503,39 +523,52 @@ void residual_norm_backward(const float* grad_sum, const float* grad, const floa
                 const vec scaled = load(g + j) * (load(scales + j) + 1.0f);
                 vec down = (scaled - average - normed * along) * inverse;
                 if (grad_sum) down += load(grad_sum + row * D + j);
-                store(grad_x + row * D + j, down);
+                stream(grad_x + row * D + j, down);
                 if (gate) {
-                    store(grad_update + row * D + j, down * load(gates + j));
+                    stream(grad_update + row * D + j, down * load(gates + j));
                     store(gate_sums + j, load(gate_sums + j) + down * load(update + row * D + j));
                 }
             }
         }
+        finish_streaming();
     }
     add_partial_sums(partial, 3 * D, B * K, chunks.per_group(), D, grad_shift);
     add_partial_sums(partial + D, 3 * D, B * K, chunks.per_group(), D, grad_scale);
     if (gate) add_partial_sums(partial + 2 * D, 3 * D, B * K, chunks.per_group(), D, grad_gate);
 }
 
-// GELU in its tanh form, x / (1 + e^(-2u)) with u = sqrt(2 / pi) (x + 0.044715 x^3).
+// GELU in its tanh form, x / (1 + e^(-2u)) with u = sqrt(2 / pi) (x + 0.044715 x^3). `out` may be x.
 // `count` is a multiple of LANES, here and below.
 void gelu_forward(const float* x, float* out, int64_t count) {
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < count; i += LANES) {
-        const vec a = load(x + i);
-        const vec u = a * (a * a * 0.0356774081f + 0.7978845608f);
-        store(out + i, a / (power_of_two(u * (-2 * LOG2_E)) + 1.0f));
+#pragma omp parallel
+    {
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < count; i += LANES) {
+            const vec a = load(x + i);
+            const vec u = a * (a * a * 0.0356774081f + 0.7978845608f);
+            const vec y = a / (power_of_two(u * (-2 * LOG2_E)) + 1.0f);
+            if (out == x)
+                store(out + i, y);
+            else
+                stream(out + i, y);
+        }
+        finish_streaming();
     }
 }
 
 void gelu_backward(const float* grad, const float* x, float* grad_x, int64_t count) {
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < count; i += LANES) {
-        const vec a = load(x + i), square = a * a;
-        const vec u = a * (square * 0.0356774081f + 0.7978845608f);
-        const vec share = 1.0f / (power_of_two(u * (-2 * LOG2_E)) + 1.0f);
-        const vec slope = square * 0.1070322243f + 0.7978845608f;
-        store(grad_x + i,
-              load(grad + i) * share * (a * (1.0f - share) * slope * 2.0f + 1.0f));
+#pragma omp parallel
+    {
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < count; i += LANES) {
+            const vec a = load(x + i), square = a * a;
+            const vec u = a * (square * 0.0356774081f + 0.7978845608f);
+            const vec share = 1.0f / (power_of_two(u * (-2 * LOG2_E)) + 1.0f);
+            const vec slope = square * 0.1070322243f + 0.7978845608f;
+            stream(grad_x + i,
+                   load(grad + i) * share * (a * (1.0f - share) * slope * 2.0f + 1.0f));
+        }
+        finish_streaming();
     }
 }
 

@@ -172,8 +172,7 @@ class SiT(nn.Module):
     def _embed(
         self, tokens: Tensor, timesteps: Tensor, labels: Tensor, groups: TokenGroups
     ) -> tuple[Tensor, Tensor]:
-        positions = self.pos_embed.expand(len(tokens), -1, -1)
-        x = self.x_embedder(tokens) + groups.sort(positions)
+        x = self.x_embedder(tokens) + groups.sort(self.pos_embed)
         condition = self.t_embedder(timesteps)
         if self.y_embedder is not None:
             condition = condition + self.y_embedder(labels)[:, None]

@@ -34,7 +34,7 @@ from selfalign.config import DataConfig
 from selfalign.data import Split, open_data, training_batches
 from selfalign.sampling.generate import SamplingConfig, generate
 
-PAIRS = 7
+PAIRS = 15
 FOLDER = Path(__file__).parent
 
 

@@ -72,6 +72,8 @@ class TestTokenGroups:
         assert torch.equal(groups.restore(groups.sort(tokens)), tokens)
         assert torch.equal(groups.sort(groups.restore(tokens)), tokens)
         assert torch.equal(groups.sort(tokens)[1, 0], tokens[1, order[1, 0]])
+        shared = tokens[:1]
+        assert torch.equal(groups.sort(shared), groups.sort(shared.expand(3, -1, -1)))
 
     def test_no_order_is_the_images_own(self):
         tokens = torch.randn(2, 6, 3)

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from selfalign.config import RunConfig, TrainingConfig
 from selfalign.data import DataSource, training_batches
@@ -176,6 +176,8 @@ def make_accelerator(training: TrainingConfig, folder: Path) -> Accelerator:
             project_config=ProjectConfiguration(
                 str(folder), logging_dir=str(folder / "tensorboard")
             ),
+            # Buffers are constants; processes would send them to each other at every step.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
     except ValueError as error:
         raise UserError(f"{refusal} ({error})") from error

@@ -1,8 +1,11 @@
 """Files and folders that are there whole, or not at all, and where those that can be made again are kept."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from selfalign.errors import UserError
 
@@ -49,3 +52,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         raise UserError(f"{path} cannot be written: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write a `.npz`, whole or not at all. Raises UserError as `write_whole` does."""
+    write_whole(path, lambda partial: np.savez(partial, allow_pickle=False, **arrays))

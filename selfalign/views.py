@@ -60,23 +60,23 @@ class TokenGroups:
 
     def sort(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """Bring tokens from image order into group order; those of one image (1 N D) for every image."""
-        if self.order is None:
-            return tokens
-        if len(tokens) == 1:
-            return functional.embedding(self.order, tokens[0])  # copies whole rows
-        return tokens.gather(1, self.order[..., None].expand(-1, -1, tokens.shape[-1]))
+        return tokens if self.order is None else _reorder(tokens, self.order)
 
     def restore(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """Bring tokens from group order back into image order."""
-        if self.order is None:
-            return tokens
-        inverse = self.order.argsort(dim=1)
-        return tokens.gather(1, inverse[..., None].expand(-1, -1, tokens.shape[-1]))
+        return tokens if self.order is None else _reorder(tokens, self.order.argsort(dim=1))
 
     def broadcast(self, values: Float[Tensor, "B K D"]) -> Float[Tensor, "B N D"]:
         """Give every token the values of its group."""
         slices = [values[:, k, None].expand(-1, n, -1) for k, n in enumerate(self.sizes)]
         return torch.cat(slices, dim=1)
+
+
+def _reorder(tokens: Float[Tensor, "B N D"], order: Int[Tensor, "B N"]) -> Float[Tensor, "B N D"]:
+    """`tokens[b, order[b, i]]` at i, in whole rows: a gather takes them number by number."""
+    images, count, _ = tokens.shape
+    first = count * torch.arange(images, device=order.device)
+    return functional.embedding(first[:, None] + order, tokens.flatten(0, 1))
 
 
 @dataclass(frozen=True)

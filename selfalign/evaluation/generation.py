@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from selfalign.disk import write_whole
-from selfalign.evaluation.cache import write_arrays
+from selfalign.disk import write_arrays, write_whole
 from selfalign.evaluation.inputs import Array, ImageSet, open_images, open_npz
 from selfalign.processes import together
 from selfalign.run import LoadedRun

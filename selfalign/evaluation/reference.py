@@ -11,9 +11,8 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from selfalign.disk import cache_folder
+from selfalign.disk import cache_folder, write_arrays
 from selfalign.errors import UserError
-from selfalign.evaluation.cache import write_arrays
 from selfalign.evaluation.features import FeatureNetwork
 from selfalign.evaluation.frechet import Gaussian, Moments, require_finite
 from selfalign.evaluation.inputs import Array, ImageSet, hash_file, images_of, open_images, open_npz

@@ -55,13 +55,12 @@ def test_what_only_one_process_cannot_do_ends_both_with_one_line(tmp_path: Path)
     """Only the main process writes checkpoints; the other one has to hear of it."""
     run = tmp_path / "run"
     command = ("train", "sra-dts-as", "--out", run, "--data.name", "digits", *OPTIONS)
-    (codes, said) = zip(*in_two_processes(*command, "--training.steps", "4"), strict=True)
+    codes, said = zip(*in_two_processes(*command), strict=True)
     assert codes == (0, 0), said
     checkpoints = run / "checkpoints"
     (checkpoints / f".{checkpoint_name(6)}.partial").touch()  # a file, where a folder has to go
-    (codes, said) = zip(
-        *in_two_processes("train", "--resume", run, "--training.steps", "6"), strict=True
-    )
+    command = ("train", "--resume", run, "--training.steps", "6")
+    codes, said = zip(*in_two_processes(*command), strict=True)
     assert codes == (2, 2), said
     assert "cannot be written" in said[0] and said[0].count("selfalign: error") == 1
     assert "selfalign: error" not in said[1]
@@ -69,6 +68,6 @@ def test_what_only_one_process_cannot_do_ends_both_with_one_line(tmp_path: Path)
 
 
 def test_a_finished_run_is_refused_once(small_run: Path) -> None:
-    (codes, said) = zip(*in_two_processes("train", "--resume", small_run), strict=True)
+    codes, said = zip(*in_two_processes("train", "--resume", small_run), strict=True)
     assert codes == (2, 2), said
     assert "is finished: 6 of 6 steps are done" in said[0] and said[1] == ""

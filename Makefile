@@ -31,7 +31,11 @@ lint: $(INSTALLED)  ## run the linters
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+audit: $(INSTALLED)  ## look the tested versions up in the advisory database (needs the internet)
+	$(BIN)/pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
 clean:  ## remove the environment and everything generated
 	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help install demo test test-all lint clean
+.PHONY: help install demo test test-all lint audit clean

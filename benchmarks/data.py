@@ -20,12 +20,16 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
-from selfalign.config import DataConfig
-from selfalign.data import Split, open_data, training_batches
+from selfalign.data.datasets import open_data
 from selfalign.data.latents import store
 from selfalign.data.latents.reader import Records, StoredSplit
+from selfalign.data.source import Split
+from selfalign.data.stream import training_batches
+from selfalign.records import write_json
+from selfalign.sections import DataConfig
 
 SHAPE = (8, 32, 32)
 ITEMS = 100_000
@@ -45,15 +49,20 @@ def write_shards(root: Path, items: int, sparse: bool = False) -> None:
     root.mkdir(parents=True)
     per_shard = -(-items // 64)
     shards = []
+    hole = xxhash.xxh3_64_intdigest(bytes(2 * int(np.prod(SHAPE))))
     for number, first in enumerate(range(0, items, per_shard)):
         records = min(per_shard, items - first)
         path = root / f"shard-{number:05d}.bin"
         if sparse:
             with path.open("wb") as file:
                 file.truncate(records * 2 * int(np.prod(SHAPE)))
+            sums = [hole] * records
         else:
-            moments(number, records).tofile(path)
+            stored = moments(number, records)
+            stored.tofile(path)
+            sums = [xxhash.xxh3_64_intdigest(record.tobytes()) for record in stored]
         shards.append(store.Shard(path.name, records, "0" * 64))
+        np.array(sums, "<u8").tofile(root / shards[-1].checksums)
     index = np.zeros((items, 2), np.int32)
     index[::100, 1] = 1
     np.save(root / store.INDEX, index)
@@ -72,7 +81,9 @@ def write_shards(root: Path, items: int, sparse: bool = False) -> None:
         images=items,
         shard_images=per_shard,
     )
-    store.write_json(root / store.MANIFEST, store.Manifest(layout, tuple(shards), "", ()))
+    digest = store.file_sha256(root / store.INDEX)
+    manifest = store.Manifest(layout, tuple(shards), digest, (), {}, "xxh3_64")
+    write_json(root / store.MANIFEST, manifest)
 
 
 def moments(seed: int, items: int) -> np.ndarray:

@@ -262,9 +262,9 @@ def reference_losses(
     target = mix([patchify(t, student.patch_size) for t in targets], group_ids)
     denoising = ((velocity - target) ** 2).mean(dim=(1, 2))
 
-    if method["teacher_timestep"] == "sra":
+    if method["teacher_timestep"] == "below":
         below = (timesteps - teacher_interval).clamp(0, 1)
-    elif method["teacher_timestep"] == "self-flow":
+    elif method["teacher_timestep"] == "minimum":
         below = timesteps.min(dim=1, keepdim=True).values.expand(-1, groups)
     else:
         below = timesteps

@@ -25,14 +25,18 @@ import torch
 from data import write_shards
 from reference import ReferenceSiT, reference_losses, reference_sde, update_ema
 
-from selfalign import RunConfig, draw_views, make_generator, recipe, resolve
+from selfalign import ResolvedConfig, draw_views, make_generator, recipe, resolve
+from selfalign.backbones.sit.sizes import parse_size
 from selfalign.benchmark.cost import step_cost
 from selfalign.benchmark.limit import StepLimit, measure_limit, measure_rates
 from selfalign.benchmark.measure import StepBenchmark, make_model, peak_memory_mb
 from selfalign.benchmark.sampling import measure_sampling_limit
-from selfalign.config import DataConfig
-from selfalign.data import Split, open_data, training_batches
-from selfalign.sampling.generate import SamplingConfig, generate
+from selfalign.data.datasets import open_data
+from selfalign.data.source import Split
+from selfalign.data.stream import training_batches
+from selfalign.sampling.generate import generate
+from selfalign.sampling.settings import SamplingConfig
+from selfalign.sections import DataConfig
 
 PAIRS = 15
 FOLDER = Path(__file__).parent
@@ -40,7 +44,7 @@ FOLDER = Path(__file__).parent
 
 def make_config(
     name: str, size: str, channels: int, side: int, batch: int, **more: Any
-) -> RunConfig:
+) -> ResolvedConfig:
     """A resolved tree for made-up data with ten classes."""
     overrides = {"model.size": size, "training.batch_size": batch, "training.trackers": ()}
     return resolve(recipe(name, {**overrides, **more}), channels, (side, side), 10)
@@ -49,7 +53,7 @@ def make_config(
 class ReferenceStep:
     """The reference's training step on the same data, weights and draws."""
 
-    def __init__(self, config: RunConfig, product: StepBenchmark | None = None) -> None:
+    def __init__(self, config: ResolvedConfig, product: StepBenchmark | None = None) -> None:
         self.config, model = config, config.model
         settings = {
             "channels": model.channels,
@@ -57,7 +61,7 @@ class ReferenceStep:
             "patch_size": model.patch_size,
             "num_classes": model.num_classes,
             "qk_norm": model.qk_norm,
-            **dataclasses.asdict(model.dimensions),
+            **dataclasses.asdict(parse_size(model.size)[0]),
         }
         self.student, self.teacher = (ReferenceSiT(**settings) for _ in range(2))
         if product is not None:
@@ -72,7 +76,8 @@ class ReferenceStep:
         self.step = 0
 
     def __call__(self) -> float:
-        config, alignment = self.config, self.config.alignment
+        config = self.config
+        alignment, ema = config.terms["alignment"], config.targets["ema"]
         started = time.perf_counter()
         generator = make_generator(0, "views", self.step)
         draw = draw_views(config, self.x0.shape, generator)
@@ -94,10 +99,10 @@ class ReferenceStep:
             method={
                 "path": config.flow.path,
                 "separate": config.views.attention == "separated",
-                "teacher_timestep": alignment.teacher_timestep,
-                "teacher_groups": alignment.teacher_groups,
-                "student_block": alignment.student_block,
-                "teacher_block": alignment.teacher_block,
+                "teacher_timestep": ema.timestep,
+                "teacher_groups": ema.groups,
+                "student_block": alignment.tap(config),
+                "teacher_block": ema.tap(config),
                 "distance": alignment.distance,
                 "weight": alignment.weight,
             },
@@ -130,8 +135,8 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.4g} [{min(values):.4g}, {max(values):.4g}]"
 
 
-def against_limit(config: RunConfig, step: StepBenchmark) -> dict[str, Any]:
-    """Share of the limit: the products alone, and the step, in turn; the same with torch's products."""
+def against_limit(config: ResolvedConfig, step: StepBenchmark) -> dict[str, Any]:
+    """Share of the limit: the matmuls alone, and the step, in turn; the same with torch's matmuls."""
     flops = step_cost(config, config.training.batch_size).flops
     results: dict[str, Any] = {"flops_per_step": flops}
     for plain, name in ((False, "limit"), (True, "limit_of_torch")):
@@ -166,7 +171,7 @@ def tokens_1024() -> dict[str, Any]:
     return result
 
 
-def _against_both(config: RunConfig) -> dict[str, Any]:
+def _against_both(config: ResolvedConfig) -> dict[str, Any]:
     product = StepBenchmark(config)
     reference = ReferenceStep(config, product)
     own, other = alternate(product, reference)
@@ -272,7 +277,7 @@ def growth() -> dict[str, Any]:
     }
 
 
-def growth_configs() -> Iterator[tuple[str, int, RunConfig]]:
+def growth_configs() -> Iterator[tuple[str, int, ResolvedConfig]]:
     """What is varied, its value, and the tree."""
     for side, batch in ((16, 16), (32, 4), (64, 1), (128, 1)):
         config = make_config("sra-dts-as", "S/2", 4, side, batch)
@@ -286,7 +291,7 @@ def growth_configs() -> Iterator[tuple[str, int, RunConfig]]:
 TERMS = ("products", "attention")
 
 
-def _time_and_count(config: RunConfig) -> dict[str, float]:
+def _time_and_count(config: ResolvedConfig) -> dict[str, float]:
     step = StepBenchmark(config)
     step()
     batch = config.training.batch_size
@@ -294,7 +299,7 @@ def _time_and_count(config: RunConfig) -> dict[str, float]:
     return {"seconds_per_image": seconds, **count(config)}
 
 
-def count(config: RunConfig) -> dict[str, float]:
+def count(config: ResolvedConfig) -> dict[str, float]:
     """10^9 operations of a step per image, by term."""
     batch = config.training.batch_size
     cost = step_cost(config, batch)

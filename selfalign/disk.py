@@ -1,13 +1,19 @@
 """Files and folders that are there whole, or not at all, and where those that can be made again are kept."""
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from selfalign.errors import UserError
+
+LOCK = ".lock"
+"""Name of the file by which a process holds a folder."""
 
 
 def publish(partial: Path, path: Path) -> None:
@@ -47,13 +53,78 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
-        partial.replace(path)
+        publish(partial, path)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}") from error
+        raise UserError(f"{path} cannot be written: {reason(error, path.parent)}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write a `.npz`, whole or not at all. Raises UserError as `write_whole` does."""
     write_whole(path, lambda partial: np.savez(partial, allow_pickle=False, **arrays))
+
+
+def reason(error: Exception, folder: Path, needed: int | None = None) -> str:
+    """Why something could not be written into a folder, and where the disk is full, what is needed.
+
+    Args:
+        error: what writing raised.
+        folder: where to.
+        needed: bytes of what was to be written, where that is known.
+    """
+    said = (isinstance(error, OSError) and error.strerror) or str(error)
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        return said
+    if needed is not None and free < needed:
+        said += f"; it needs {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there"
+    return said
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether this is what interrupted writing left: everything is written under such names first."""
+    return path.name.startswith(".") and ".partial" in path.name
+
+
+def sweep(folder: Path) -> None:
+    """Remove what interrupted writing left in a folder. For a folder that nobody else writes into."""
+    for left_over in filter(is_left_over, list(folder.glob(".*"))):
+        if left_over.is_dir():
+            shutil.rmtree(left_over, ignore_errors=True)
+        else:
+            left_over.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, busy: str | None, name: str = LOCK) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made if it is missing, by a file in it.
+
+    What a process leaves behind that is killed is no obstacle.
+
+    Args:
+        folder: which.
+        busy: what the folder is where another process has it; None waits for that to end.
+        name: of the file.
+
+    Raises:
+        UserError: another process has it, it is not writable, or the file system has no locks.
+    """
+    lock = FileLock(folder / name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=busy is None)
+    except Timeout as error:
+        raise UserError(f"{folder} {busy}") from error
+    except (OSError, NotImplementedError) as error:
+        raise UserError(f"{folder} cannot be written: {reason(error, folder)}") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()  # while it is held; who waits for it looks for that
+        lock.release()

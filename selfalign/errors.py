@@ -1,4 +1,6 @@
-"""The one exception for what a person can get wrong."""
+"""The exceptions of the package: what a person can get wrong, and being told to stop."""
+
+import signal
 
 
 class UserError(Exception):
@@ -10,3 +12,15 @@ class UserError(Exception):
 
 class AgreedError(UserError):
     """A UserError that every process of a job has raised: one of them is enough to print it."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM.
+
+    Args:
+        number: of the signal; the command exits with 128 more.
+    """
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__(number)
+        self.number = number

@@ -1,4 +1,4 @@
-"""Paths from data to noise, their velocities, and the score of a velocity (Eq. 1 and 2).
+"""Paths from data to noise, their velocities and scores, the loss of a velocity, and p(t) (Eq. 1 and 2).
 
 Everywhere in this package t = 0 is data and **t = 1 is pure noise**.
 """
@@ -8,7 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+
+from selfalign.sections import FlowConfig
 
 
 @dataclass(frozen=True)
@@ -54,3 +57,21 @@ PATHS: dict[str, Path] = {
     ),
 }
 """The paths by name. `linear`: x_t = (1-t)·x0 + t·noise, with velocity noise - x0."""
+
+
+def velocity_error(
+    velocity: Float[Tensor, "B N P"], target: Float[Tensor, "B N P"]
+) -> Float[Tensor, "B"]:
+    """L_gen of every sample: the mean over tokens and channels of the squared error (Eq. 2)."""
+    return (velocity - target).square().mean(dim=(1, 2))
+
+
+def sample_timesteps(
+    flow: FlowConfig, count: int, generator: torch.Generator
+) -> Float[Tensor, "count"]:
+    """Draw timesteps from p(t), on the generator's device."""
+    device = generator.device
+    if flow.timestep_distribution == "uniform":
+        return torch.rand(count, generator=generator, device=device)
+    normal = torch.randn(count, generator=generator, device=device)
+    return torch.sigmoid(flow.logit_mean + flow.logit_std * normal)

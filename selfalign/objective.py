@@ -1,33 +1,38 @@
-"""L = L_gen + lambda·L_align (Eq. 4)."""
+"""L = Σ weight(step)·term, of which L_gen + lambda·L_align is one case (Eq. 4)."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from selfalign.alignment import DISTANCES, teacher_features
-from selfalign.config import RunConfig
-from selfalign.models.sit import SiT
-from selfalign.views import Draw, TokenGroups, make_views
+from selfalign.config import ResolvedConfig
+from selfalign.network import Backbone, Output
+from selfalign.targets import Target
+from selfalign.terms import Term
+from selfalign.views import Draw, Views, make_views
 
 
 @dataclass(frozen=True)
-class Predictions:
-    """What student and teacher say about one batch, in group order."""
+class Pass:
+    """What terms and targets see of a step."""
 
-    velocity: Float[Tensor, "B N P"]
-    """The student's velocity tokens."""
-    target: Float[Tensor, "B N P"]
-    """The velocity of the path (Eq. 2)."""
-    student_features: Float[Tensor, "B N D"] | None
-    """g(h^m), after the projection head; None without alignment."""
-    teacher_features: Float[Tensor, "B N D"] | None
-    """sg[h_EMA^n]; None without alignment."""
-    groups: TokenGroups
-    """The order of the tokens above; `groups.restore` brings them back into image order."""
+    config: ResolvedConfig
+    x0: Float[Tensor, "B C *sides"]
+    condition: Any
+    """Of every sample: its label, for one."""
+    seen: Any
+    """The same with some dropped: what the student sees."""
+    draw: Draw
+    views: Views
+    output: Output
+    """The student's."""
+    teacher: Backbone | None
+    """The EMA model."""
+    targets: Mapping[str, Float[Tensor, "B N Z"]] = field(default_factory=dict)
+    """The targets' features by name, in group order."""
 
 
 @dataclass(frozen=True)
@@ -35,84 +40,131 @@ class Losses:
     """The terms of Eq. 4."""
 
     total: Float[Tensor, ""]
-    """L_gen + lambda·L_align."""
-    denoising: Float[Tensor, "B"]
-    """L_gen per sample: the mean over tokens and channels of the squared velocity error (Eq. 2)."""
-    alignment: Float[Tensor, ""]
-    """L_align (Eq. 3); zero without alignment."""
+    """Σ weight·term."""
+    terms: dict[str, Float[Tensor, ""] | Float[Tensor, "B"]]
+    """Each term by name, unweighted; some per sample, as the denoising loss."""
+
+    def means(self) -> dict[str, Float[Tensor, ""]]:
+        """Each term's mean over the batch."""
+        return {name: value.mean() for name, value in self.terms.items()}
 
 
-@dataclass(frozen=True)
 class Objective:
-    """The training objective of one point of the factorial space.
+    """The training objective of one point of the space.
 
     Pure: given the draw, the same inputs give the same losses.
 
     Args:
         config: a resolved tree.
+        compile: compile predictions and losses with torch.compile.
     """
 
-    config: RunConfig
+    def __init__(self, config: ResolvedConfig, compile: bool = False) -> None:
+        self.config = config
+        self.terms = config.used_terms()
+        self.targets = {name: part.build(config) for name, part in config.used_targets().items()}
+        self._weighted = torch.compile(self._sum, dynamic=False) if compile else self._sum
 
     def __call__(
         self,
-        student: Callable[..., Any],
-        teacher: SiT | None,
-        x0: Float[Tensor, "B C H W"],
-        labels: Int[Tensor, "B"],
+        student: Callable[..., Output],
+        teacher: Backbone | None,
+        x0: Float[Tensor, "B C *sides"],
+        condition: Any,
         draw: Draw,
+        step: int = 0,
     ) -> Losses:
         """Losses of one batch.
 
         Args:
-            student: the model being trained (an SiT, or a wrapper of one that calls its forward).
-            teacher: the EMA model; may be None where the recipe has no alignment.
+            student: the model being trained (a `Backbone`, or a wrapper that calls its forward).
+            teacher: the EMA model; may be None where no target needs it.
             x0: clean samples.
-            labels: one class per sample.
+            condition: one per sample: class labels, for one.
             draw: the step's randomness, from `draw_views`.
+            step: optimizer step, counted from 0, which weights may depend on.
         """
-        return self.losses(self.predict(student, teacher, x0, labels, draw))
+        weights = self.weights(step, x0)
+        return self._weighted(student, teacher, x0, condition, draw, weights)
+
+    def weights(self, step: int, like: Tensor) -> dict[str, float | Tensor]:
+        """The weight of each term that is computed at a step.
+
+        Weights that change are tensors on the device of `like`: the compiler would make a graph for every
+        number.
+        """
+        return {
+            name: term.weight
+            if term.decay == "constant"
+            else torch.full((), term.weight_at(step), device=like.device)
+            for name, term in self.terms.items()
+            if not term.stopped(step)
+        }
+
+    def _sum(
+        self,
+        student: Callable[..., Output],
+        teacher: Backbone | None,
+        x0: Tensor,
+        condition: Any,
+        draw: Draw,
+        weights: dict[str, float | Tensor],
+    ) -> Losses:
+        """Σ weight·term."""
+        return self.losses(self.predict(student, teacher, x0, condition, draw, weights), weights)
 
     def predict(
         self,
-        student: Callable[..., Any],
-        teacher: SiT | None,
-        x0: Float[Tensor, "B C H W"],
-        labels: Int[Tensor, "B"],
+        student: Callable[..., Output],
+        teacher: Backbone | None,
+        x0: Float[Tensor, "B C *sides"],
+        condition: Any,
         draw: Draw,
-    ) -> Predictions:
-        """Run student and teacher on their views of the batch. Arguments as for the call."""
-        alignment, null_label = self.config.alignment, self.config.model.num_classes
-        assert null_label is not None, "the config is not resolved"
-        views = make_views(self.config, x0, draw)
-        seen = torch.where(draw.label_dropout, null_label, labels)
+        active: Mapping[str, Any] | None = None,
+    ) -> Pass:
+        """Run the student on its view of the batch, and what the targets need.
 
-        velocity, student_features = student(
+        Arguments as for the call; `active` holds the names of the terms that are computed, None all.
+        """
+        config = self.config
+        views = make_views(config, x0, draw)
+        seen = config.condition.drop(condition, draw.label_dropout, config.model.num_classes)
+        terms = {
+            name: term for name, term in self.terms.items() if active is None or name in active
+        }
+        targets = dict.fromkeys(name for term in terms.values() for name in term.target_names())
+        sources: list[Term | Target] = [*terms.values(), *(self.targets[name] for name in targets)]
+        heads = [name for term in terms.values() for name in term.head_names]
+        idle = [
+            name
+            for term in self.terms.values()
+            if term.name not in terms
+            for name in term.head_names
+        ]
+        output = student(
             views.student.tokens,
             views.student.timesteps,
             seen,
-            views.student.groups,
-            alignment.student_block if views.teacher else None,
+            views.groups,
+            tuple(dict.fromkeys(tap for source in sources for tap in source.taps(config))),
+            tuple(heads),
+            tuple(idle),
         )
-        features = None
-        if views.teacher:
-            assert teacher is not None and alignment.teacher_block is not None
-            teacher_labels = seen if alignment.teacher_labels == "dropped" else labels
-            features = teacher_features(
-                teacher, views.teacher, teacher_labels, alignment.teacher_block
-            )
-        return Predictions(velocity, views.target, student_features, features, views.student.groups)
+        forward = Pass(config, x0, condition, seen, draw, views, output, teacher)
+        features = {name: self.targets[name].features(forward) for name in targets}
+        return Pass(config, x0, condition, seen, draw, views, output, teacher, features)
 
-    def losses(self, predictions: Predictions) -> Losses:
-        """Compare the predictions with their targets (Eq. 2 to 4)."""
-        alignment = self.config.alignment
-        denoising = (predictions.velocity - predictions.target).square().mean(dim=(1, 2))
-        align = denoising.new_zeros(())
-        student, teacher = predictions.student_features, predictions.teacher_features
-        if student is not None and teacher is not None:
-            align = DISTANCES[alignment.distance](student, teacher)
-        return Losses(
-            total=denoising.mean() + alignment.weight * align,
-            denoising=denoising,
-            alignment=align,
+    def losses(self, forward: Pass, weights: Mapping[str, float | Tensor] | None = None) -> Losses:
+        """Compare the predictions with their targets (Eq. 2 to 4).
+
+        Args:
+            forward: from `predict`.
+            weights: of the terms that are computed; None for those of the first step.
+        """
+        weights = self.weights(0, forward.x0) if weights is None else weights
+        terms = {name: self.terms[name](forward) for name in weights}
+        total = sum(
+            (weight * terms[name].mean() for name, weight in weights.items()),
+            start=forward.x0.new_zeros(()),
         )
+        return Losses(total, terms)

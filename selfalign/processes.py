@@ -1,16 +1,57 @@
-"""What several processes do together: fail, and leave."""
+"""Devices and processes: what a launcher gives, and what several processes do together: fail, and end."""
 
+import gc
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin, gather_object
 
 from selfalign.errors import AgreedError, UserError
 
 T = TypeVar("T")
+_OTHER_WAYS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
+
+
+def open_accelerator(mixed_precision: str = "no", **settings: Any) -> Accelerator:
+    """Device and processes, as a launcher gives them; the arithmetic is as it is said here.
+
+    accelerate reads what is left unsaid from variables that `accelerate launch` and people's profiles
+    set, and some change results: ACCELERATE_GRADIENT_ACCUMULATION_STEPS divides every gradient.
+
+    Args:
+        mixed_precision: "no", "bf16" or "fp16".
+        settings: more arguments of Accelerator.
+
+    Raises:
+        UserError: the environment asks for another way of sharing the work, or a device that is not
+            there.
+        ValueError: the device lacks the precision.
+    """
+    for way in _OTHER_WAYS:
+        if os.environ.get(f"ACCELERATE_USE_{way}", "false").lower() in ("true", "1", "yes"):
+            raise UserError(
+                f"ACCELERATE_USE_{way} is set: processes share a batch, each with the whole model; "
+                "launch with --multi_gpu, or with torchrun"
+            )
+    if "WORLD_SIZE" in os.environ and not torch.accelerator.is_available():
+        # Without this, accelerate takes each of torchrun's processes on CPUs for the only one.
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    # accelerate keeps the precision of a process's first accelerator; every run has its own.
+    AcceleratorState._reset_state()
+    try:
+        return Accelerator(
+            mixed_precision=mixed_precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_plugin=TorchDynamoPlugin(backend="no"),
+            **settings,
+        )
+    except RuntimeError as error:
+        raise UserError(f"the device cannot be used: {error}") from error
 
 
 @contextmanager
@@ -54,7 +95,7 @@ def main_process_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
     return results[0]
 
 
-def leave() -> None:
+def end_process_group() -> None:
     """End the process group, if there is one; for the end of work that all processes reach.
 
     Its threads drop Python objects now and then, and abort a process whose interpreter has ended by then
@@ -62,3 +103,4 @@ def leave() -> None:
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        gc.collect()  # a model that is shared holds the group, and lies in cycles of references

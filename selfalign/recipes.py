@@ -19,10 +19,10 @@ class Recipe:
     settings: Mapping[str, Any]
 
 
-_EMA_TEACHER = {"alignment.target": "ema"}
-_DUAL = {"views.timesteps": "dual", "views.mask_ratios": (0.25, 0.75)}
+_EMA_TEACHER = {"terms.alignment.target": "ema"}
+_DUAL = {"views.timesteps": "independent", "views.mask_ratios": (0.25, 0.75)}
 _SEPARATED = {"views.attention": "separated", "views.mask_ratios": (0.25, 0.75)}
-_GROUPED_TEACHER = {**_EMA_TEACHER, "alignment.teacher_groups": True}
+_GROUPED_TEACHER = {**_EMA_TEACHER, "targets.ema.groups": True}
 
 _PAPER = {**_GROUPED_TEACHER, **_DUAL, **_SEPARATED}
 _IMAGENET = {
@@ -33,7 +33,7 @@ _IMAGENET = {
     "data.name": "latents",
     "data.workers": 2,
 }
-_XL = {"model.size": "XL/2", "alignment.student_block": 8, "alignment.teacher_block": 20}
+_XL = {"model.size": "XL/2", "terms.alignment.block": 8, "targets.ema.block": 20}
 
 RECIPES: dict[str, Recipe] = {
     "sit": Recipe("flow matching alone: one timestep, full attention, no alignment", {}),
@@ -46,8 +46,8 @@ RECIPES: dict[str, Recipe] = {
         {
             **_EMA_TEACHER,
             **_DUAL,
-            "alignment.teacher_timestep": "self-flow",
-            "alignment.weight": 0.8,
+            "targets.ema.timestep": "minimum",
+            "terms.alignment.weight": 0.8,
         },
     ),
     "sra-dts": Recipe(
@@ -78,8 +78,8 @@ RECIPES: dict[str, Recipe] = {
             **_IMAGENET,
             "model.size": "B/2",
             "model.image_size": (32, 32),
-            "alignment.student_block": 4,
-            "alignment.teacher_block": 8,
+            "terms.alignment.block": 4,
+            "targets.ema.block": 8,
             "training.steps": 800_000,
             "data.root": "data/imagenet256",
         },

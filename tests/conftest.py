@@ -1,5 +1,6 @@
 """Shared by all tests: small runs, made once."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import torch
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # what is not on the machine is missing, at once
 
-from selfalign import RunConfig, recipe, run
+from selfalign import RunConfig, parts, recipe
+from selfalign.runs import monitors
+from selfalign.runs.start import start_run
 
 SMALL = {
     "model.size": "tiny/2",
@@ -27,7 +30,7 @@ SMALL = {
 def _one_thread_per_test() -> None:
     """Small models gain nothing from threads, and bitwise comparisons need their number fixed."""
     torch.set_num_threads(1)
-    run.GRID_STEPS = 2
+    monitors.GRID_STEPS = 2
 
 
 @pytest.fixture(scope="session")
@@ -40,5 +43,14 @@ def small_config() -> RunConfig:
 def small_run(small_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished small run. Do not write into it."""
     folder = tmp_path_factory.mktemp("runs") / "small"
-    run.start_run(small_config, folder, lambda state, values: None)
+    start_run(small_config, folder, lambda state, values: None)
     return folder
+
+
+@pytest.fixture
+def forget_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is forgotten after it."""
+    for kind in parts.HOMES:
+        parts.names(kind)  # the package's own parts stay
+    for name in ("_registered", "_aliases", "_plugins"):
+        monkeypatch.setattr(parts, name, copy.deepcopy(getattr(parts, name)))

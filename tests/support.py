@@ -6,15 +6,25 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from selfalign import Draw, RunConfig, SiT, draw_views, recipe, resolve
+from selfalign import Draw, ResolvedConfig, RunConfig, SiT, draw_views, recipe, resolve
+from selfalign.backbones import find_tap
+from selfalign.heads import ProjectionHead
+from selfalign.network import Tap
 from selfalign.randomness import make_generator
+from selfalign.training.checkpoint import FILES, latest_checkpoint
+from selfalign.training.tracking import read_metrics
+from selfalign.views import View, Views
 
 RECIPE_NAMES = ("sit", "sra", "self-flow", "sra-dts", "sra-as", "sra-dts-as")
+GROUPED = ("self-flow", "sra-dts", "sra-as", "sra-dts-as")
+"""The recipes with more than one token group."""
 
 
 def resolved(
@@ -22,9 +32,9 @@ def resolved(
     overrides: Mapping[str, Any] | None = None,
     *,
     channels: int = 1,
-    image_size: tuple[int, int] = (8, 8),
+    image_size: tuple[int, ...] = (8, 8),
     num_classes: int = 5,
-) -> RunConfig:
+) -> ResolvedConfig:
     """The resolved tree of a recipe at the `tiny` size."""
     tree = recipe(name, {"model.size": "tiny", **(overrides or {})})
     return resolve(tree, channels, image_size, num_classes)
@@ -48,14 +58,16 @@ def small_model(seed: int = 0, dtype: torch.dtype = torch.float64, **settings: A
         "depth": 3,
         "heads": 3,
         "num_classes": 5,
-        "projection_head": True,
     }
+    head = settings.pop("head_after", 2)
     model = SiT(**{**defaults, **settings})
+    if head is not None:
+        model.add_head("ap_head", ProjectionHead(model.hidden_size), head)
     randomize(model, seed)
     return model.to(dtype)
 
 
-def float64_draw(config: RunConfig, shape: tuple[int, int, int, int], seed: int = 0) -> Draw:
+def float64_draw(config: ResolvedConfig, shape: tuple[int, ...], seed: int = 0) -> Draw:
     """A draw in float64, with timesteps on a grid that float32 holds exactly."""
     draw = draw_views(config, shape, make_generator(seed, "draw"))
     return replace(
@@ -66,14 +78,61 @@ def float64_draw(config: RunConfig, shape: tuple[int, int, int, int], seed: int 
     )
 
 
+def draw_of(config: ResolvedConfig, batch: int = 8, seed: int = 0) -> Draw:
+    """A step's draw for a batch of the tree's shape."""
+    shape = (batch, config.model.channels, *config.model.image_size)
+    return draw_views(config, shape, make_generator(seed, "views"))
+
+
+def clean_images(config: ResolvedConfig, batch: int = 8, seed: int = 1) -> Tensor:
+    """Random samples of the tree's shape."""
+    shape = (batch, config.model.channels, *config.model.image_size)
+    return torch.randn(shape, generator=make_generator(seed, "images"))
+
+
+def timestep_of_token(view: View) -> Tensor:
+    """(B, N) timesteps in image order."""
+    return view.groups.restore(view.groups.broadcast(view.timesteps[..., None]))[..., 0]
+
+
+def blocks_of(config: RunConfig) -> tuple[Tap, ...]:
+    """The blocks that student and teacher compare."""
+    parts = config.terms["alignment"], config.targets["ema"]
+    return tuple(find_tap(part.block, config.depth, part.dotted("block")) for part in parts)
+
+
+def teacher_view(config: ResolvedConfig, views: Views, draw: Draw) -> View:
+    """What the EMA teacher of a tree sees of a batch."""
+    view: View = config.targets["ema"].view(views, draw)
+    return view
+
+
+def assert_same_state(first: Path, second: Path) -> None:
+    """Weights, EMA and optimizer of two runs' last checkpoints are bitwise the same."""
+    for file in FILES[:3]:
+        a, b = (load_file(latest_checkpoint(f / "checkpoints") / file) for f in (first, second))
+        assert a.keys() == b.keys()
+        assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def logged_losses(folder: Path) -> list[dict[str, float]]:
+    """The logged losses, without what depends on the clock."""
+    lines = read_metrics(folder)
+    return [{k: v for k, v in line.items() if k != "samples_per_second"} for line in lines]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """State and metrics of two runs are the same, each step logged once."""
+    assert_same_state(first, second)
+    assert logged_losses(first) == logged_losses(second)
+
+
 class AnalyticModel(nn.Module):
     """Stands in for a trained SiT: a velocity in closed form, and a record of every call."""
 
     def __init__(self, function: Callable[..., Tensor], dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
-        # Samplers run a model in its own parameters' dtype, which they read here.
-        self.x_embedder = nn.Module()
-        self.x_embedder.proj = nn.Linear(1, 1, dtype=dtype)
+        self.dtype = dtype  # samplers run a model in its own
         self.function = function
         self.calls: list[dict[str, Any]] = []
 

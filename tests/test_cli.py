@@ -1,12 +1,15 @@
 """The command line as a person meets it: help, lists, and one-line errors."""
 
 import dataclasses
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from selfalign import RECIPES, RunConfig
 from selfalign.cli import main
+from selfalign.parts import PartSettings
+from selfalign.settings import Settings
 
 
 @pytest.mark.parametrize(
@@ -58,9 +61,15 @@ def test_help_lists_every_field_with_default_and_meaning(
     shown = capsys.readouterr().out
     for section in dataclasses.fields(RunConfig):
         value = getattr(RunConfig(), section.name)
-        for field in dataclasses.fields(value) if dataclasses.is_dataclass(value) else ():
-            assert f"--{section.name}.{field.name.replace('_', '-')}" in shown
-    assert "(default: dual)" in " ".join(shown.replace("│", " ").split())
+        if isinstance(value, PartSettings):
+            settings = [f"{part.section}.{f.name}" for part in value.values() for f in fields(part)]
+        elif isinstance(value, Settings):
+            settings = [f"{section.name}.{f.name}" for f in fields(value) if f.name != "sources"]
+        else:
+            settings = [section.name]
+        for name in settings:
+            assert f"--{name.replace('_', '-')}" in shown
+    assert "(default: independent)" in " ".join(shown.replace("│", " ").split())
     assert "Optimizer steps in all." in shown
 
 
@@ -74,3 +83,9 @@ def test_recipes_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
 def test_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
     assert "usage: selfalign" in capsys.readouterr().out
+
+
+def test_training_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = "--data.name digits --model.size tiny --training.steps 1 --training.batch-size 2"
+    assert main(["train", "sit", "--out", str(tmp_path / "run"), *tiny.split()]) == 0
+    assert "images to train on" in capsys.readouterr().out

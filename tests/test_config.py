@@ -1,59 +1,18 @@
 """The config tree: what is allowed, what is refused and in which words, and its round trip."""
 
 import dataclasses
-import itertools
 import json
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import RECIPE_NAMES, resolved
+from support import RECIPE_NAMES, blocks_of, resolved
 
 from selfalign import RunConfig, UserError, override, recipe, resolve
-from selfalign.config import config_from_dict, config_to_dict, group_sizes
+from selfalign.config import OLDER_NAMES, config_from_dict, config_to_dict
 
 RATIOS = st.lists(st.floats(0.01, 1), min_size=2, max_size=8).map(tuple)
-
-
-class TestGroupSizes:
-    @pytest.mark.parametrize(
-        ("ratios", "num_tokens", "expected"),
-        [
-            ((1.0,), 64, (64,)),
-            ((0.25, 0.75), 64, (16, 48)),
-            ((0.25, 0.75), 256, (64, 192)),
-            ((0.35, 0.65), 256, (90, 166)),  # 89.6 and 166.4: the larger fraction takes the rest
-            ((0.5, 0.5), 9, (5, 4)),  # a tie goes to the earlier group
-            ((1 / 3, 1 / 3, 1 / 3), 10, (4, 3, 3)),
-            ((0.3, 0.7), 10, (3, 7)),  # although 0.3·10 + 0.7·10 is not exact in binary
-            ((0.1, 0.2, 0.7), 10, (1, 2, 7)),
-            ((0.1,) * 10, 64, (7, 7, 7, 7, 6, 6, 6, 6, 6, 6)),
-        ],
-    )
-    def test_known_answers(self, ratios, num_tokens, expected):
-        assert group_sizes(ratios, num_tokens) == expected
-
-    @given(ratios=RATIOS, num_tokens=st.integers(1, 4096))
-    def test_largest_fractions_take_the_rest(self, ratios, num_tokens):
-        ratios = tuple(ratio / sum(ratios) for ratio in ratios)
-        sizes = group_sizes(ratios, num_tokens)
-        assert sum(sizes) == num_tokens
-        shares = [ratio * num_tokens for ratio in ratios]
-        assert all(abs(size - share) < 1 + 1e-5 for size, share in zip(sizes, shares, strict=True))
-        excess = [size - share for size, share in zip(sizes, shares, strict=True)]
-        # Moving a token from a group rounded up to one rounded down never brings both closer to
-        # their shares: that is what "the largest fractions take the rest" means.
-        for up, down in itertools.permutations(range(len(sizes)), 2):
-            if excess[up] > 0 > excess[down]:
-                assert 1 - excess[up] >= -excess[down] - 1e-5
-
-    @given(ratios=RATIOS, num_tokens=st.integers(1, 512), data=st.data())
-    def test_a_larger_share_never_gets_fewer_tokens(self, ratios, num_tokens, data):
-        ratios = tuple(ratio / sum(ratios) for ratio in ratios)
-        sizes = group_sizes(ratios, num_tokens)
-        for (a, n), (b, m) in itertools.permutations(zip(ratios, sizes, strict=True), 2):
-            assert a <= b + 1e-5 / num_tokens or n >= m
 
 
 class TestMaskRatios:
@@ -83,8 +42,12 @@ class TestMaskRatios:
 class TestRoundTrip:
     @pytest.mark.parametrize("name", RECIPE_NAMES)
     def test_open_and_resolved_trees_survive_json(self, name):
-        for tree in (recipe(name), resolved(name, {"views.class_dropout": 0.3, "seed": 7})):
-            assert config_from_dict(json.loads(json.dumps(config_to_dict(tree)))) == tree
+        tree = recipe(name)
+        assert config_from_dict(json.loads(json.dumps(config_to_dict(tree)))) == tree
+        tree = resolved(name, {"views.class_dropout": 0.3, "seed": 7})
+        again = config_from_dict(json.loads(json.dumps(config_to_dict(tree))))
+        assert type(again) is RunConfig
+        assert resolve(again) == tree
 
     @given(ratios=RATIOS, learning_rate=st.floats(0, 1), seed=st.integers(0, 2**63 - 1))
     def test_any_values_survive_json(self, ratios, learning_rate, seed):
@@ -122,11 +85,10 @@ class TestOverride:
         assert override(after, {"training.steps": before.training.steps, "seed": 0}) == before
 
     def test_checks_the_result_and_not_each_change(self):
-        # Dual timesteps alone would be refused with one group.
-        tree = override(
-            RunConfig(), {"views.timesteps": "dual", "views.mask_ratios": (0.5,), "seed": 1}
-        )
-        assert tree.views.timesteps == "dual"
+        # Timesteps per group alone would be refused with one group.
+        for name in ("dual", "independent"):
+            changes = {"views.timesteps": name, "views.mask_ratios": (0.5,), "seed": 1}
+            assert override(RunConfig(), changes).views.timesteps == "independent"
 
     @pytest.mark.parametrize(
         "name",
@@ -137,11 +99,35 @@ class TestOverride:
             override(RunConfig(), {name: 1})
         assert repr(name) in str(error.value)
 
+    @pytest.mark.parametrize("older", OLDER_NAMES)
+    def test_names_of_version_0_1_0_are_the_new_ones(self, older):
+        values = {
+            "target": "ema",
+            "weight": 0.2,
+            "distance": "l1",
+            "interval": 0.3,
+            "timestep": "same",
+            "groups": True,
+            "labels": "dropped",
+            "block": 4,
+        }
+        newer = OLDER_NAMES[older]
+        value = values[newer.rpartition(".")[2]]
+        tree = override(RunConfig(), {older: value})
+        assert tree == override(RunConfig(), {newer: value}) != RunConfig()
+        section, part, name = newer.split(".")
+        assert getattr(getattr(tree, section)[part], name) == value
+
+    def test_blocks_that_version_0_1_0_left_open_are_the_defaults(self):
+        blocks = {"alignment.student_block": None, "alignment.teacher_block": None}
+        assert override(RunConfig(), blocks) == RunConfig()
+
     def test_trees_cannot_be_changed_in_place(self):
         with pytest.raises(dataclasses.FrozenInstanceError):
             RunConfig().training.steps = 5  # type: ignore[misc]
 
 
+EMA = {"alignment.target": "ema"}
 DUAL = {"views.timesteps": "dual", "views.mask_ratios": (0.25, 0.75)}
 REFUSED = [
     # one field's own range, with the field, the value and what is allowed
@@ -155,7 +141,7 @@ REFUSED = [
     ({"flow.logit_std": 0.0}, ["flow.logit_std", "0.0", "above 0"]),
     ({"flow.logit_std": -1.0}, ["flow.logit_std", "-1.0", "above 0"]),
     ({"flow.logit_mean": math.nan}, ["flow.logit_mean", "nan", "finite"]),
-    ({"views.timesteps": "triple"}, ["views.timesteps", "triple", "single, dual"]),
+    ({"views.timesteps": "triple"}, ["views.timesteps", "triple", "independent, single"]),
     ({"views.attention": "sparse"}, ["views.attention", "sparse", "full, separated"]),
     ({"views.mask_ratios": ()}, ["views.mask_ratios", "()", "one or more"]),
     ({"views.mask_ratios": (1.5,)}, ["views.mask_ratios", "1.5", "up to 1"]),
@@ -167,24 +153,26 @@ REFUSED = [
     ({"views.whole_image_fraction": 1.5}, ["views.whole_image_fraction", "1.5", "0 to 1"]),
     ({"views.class_dropout": -0.1}, ["views.class_dropout", "-0.1", "0 to 1"]),
     ({"views.class_dropout": math.nan}, ["views.class_dropout", "nan", "0 to 1"]),
-    ({"alignment.target": "clip"}, ["alignment.target", "clip", "none, ema"]),
-    ({"alignment.weight": -0.5}, ["alignment.weight", "-0.5", "from 0"]),
-    ({"alignment.weight": math.inf}, ["alignment.weight", "inf", "from 0"]),
-    ({"alignment.distance": "cos"}, ["alignment.distance", "cos", "cosine-over-tokens"]),
-    ({"alignment.student_block": 0}, ["alignment.student_block", "0", "from 1"]),
-    ({"alignment.teacher_block": -2}, ["alignment.teacher_block", "-2", "from 1"]),
+    ({"alignment.target": "clip"}, ["terms.alignment.target", "clip", "none, ema"]),
+    ({"alignment.weight": -0.5}, ["terms.alignment.weight", "-0.5", "from 0"]),
+    ({"terms.alignment.weight": math.inf}, ["terms.alignment.weight", "inf", "from 0"]),
+    ({"alignment.distance": "cos"}, ["terms.alignment.distance", "cos", "cosine-over-tokens"]),
+    ({**EMA, "alignment.student_block": 0}, ["terms.alignment.block", "0", "from 1"]),
+    ({**EMA, "alignment.teacher_block": -2}, ["targets.ema.block", "-2", "from 1"]),
     (
-        {"alignment.teacher_timestep": "self_flow"},
-        ["alignment.teacher_timestep", "self_flow", "sra, self-flow, same"],
+        {"targets.ema.timestep": "self_flow"},
+        ["targets.ema.timestep", "self_flow", "below, minimum, same"],
     ),
-    ({"alignment.teacher_interval": 1.1}, ["alignment.teacher_interval", "1.1", "0 to 1"]),
-    ({"alignment.teacher_labels": "all"}, ["alignment.teacher_labels", "undropped, dropped"]),
+    ({"alignment.teacher_interval": 1.1}, ["targets.ema.interval", "1.1", "0 to 1"]),
+    ({"targets.ema.labels": "all"}, ["targets.ema.labels", "undropped, dropped"]),
     ({"model.size": "XXL/2"}, ["model.size", "XXL/2", "tiny, S, B, L, XL"]),
     ({"model.size": "S/3"}, ["model.size", "S/3", "/1, /2, /4, /8"]),
     ({"model.size": "S"}, ["model.size", "'S'", "/1, /2, /4, /8"]),
     ({"model.channels": 0}, ["model.channels", "0", "from 1"]),
     ({"model.num_classes": -1}, ["model.num_classes", "-1", "from 0"]),
     ({"model.image_size": (0, 8)}, ["model.image_size", "(0, 8)", "from 1"]),
+    ({"model.image_size": ()}, ["model.image_size", "()", "a height and a width"]),
+    ({"model.image_size": (8,) * 4}, ["model.image_size", "(8, 8, 8, 8)", "a height and a width"]),
     ({"training.steps": 0}, ["training.steps", "0", "from 1"]),
     ({"training.batch_size": -4}, ["training.batch_size", "-4", "from 1"]),
     ({"training.learning_rate": math.nan}, ["training.learning_rate", "nan", "from 0"]),
@@ -210,8 +198,13 @@ REFUSED = [
     ({"training.adam_betas": (0.9,)}, ["training.adam_betas", "(0.9,)", "a number, a number"]),
     ({"training.trackers": "wandb"}, ["training.trackers", "'wandb'", "tensorboard, wandb"]),
     ({"views.mask_ratios": 0.25}, ["views.mask_ratios", "0.25", "any number of"]),
-    ({"alignment.student_block": 2.0}, ["alignment.student_block", "2.0", "whole number or None"]),
-    ({"model.image_size": (8,)}, ["model.image_size", "(8,)", "a whole number, a whole number"]),
+    (
+        {"alignment.student_block": True},
+        ["terms.alignment.block", "True", "a whole number or a number or a text"],
+    ),
+    ({"terms.alignment.block": None}, ["terms.alignment.block", "None", "a whole number or"]),
+    ({"model.image_size": (8.0, 8)}, ["model.image_size", "(8.0, 8)", "a whole number or None"]),
+    ({"model.image_size": 8}, ["model.image_size", "8", "any number of", "a whole number"]),
     ({"model.size": 2}, ["model.size", "2", "a text"]),
     ({"seed": 1.0}, ["seed", "1.0", "a whole number"]),
     ({"views": None}, ["views", "None", "ViewsConfig"]),
@@ -219,26 +212,25 @@ REFUSED = [
     ({"views.timesteps": "dual"}, ["views.timesteps", "dual", "two or more", "single"]),
     ({"views.attention": "separated"}, ["views.attention", "separated", "two or more", "full"]),
     ({"views.whole_image_fraction": 0.25}, ["views.whole_image_fraction", "0.25", "allowed is 0"]),
-    ({"alignment.teacher_groups": True}, ["alignment.teacher_groups", "True", "allowed is False"]),
     (
-        {"alignment.target": "ema", "alignment.teacher_groups": True},
-        ["alignment.teacher_groups", "True", "one token group"],
+        {**EMA, "alignment.teacher_groups": True},
+        ["targets.ema.groups", "True", "one token group", "allowed is False"],
     ),
     (
-        {**DUAL, "alignment.target": "ema"},
-        ["alignment.teacher_timestep", "sra", "self-flow", "teacher_groups True"],
+        {**DUAL, **EMA},
+        ["targets.ema.timestep", "below", "minimum", "targets.ema.groups True"],
     ),
     (
-        {**DUAL, "alignment.target": "ema", "alignment.teacher_timestep": "same"},
-        ["alignment.teacher_timestep", "same", "self-flow"],
+        {**DUAL, **EMA, "alignment.teacher_timestep": "same"},
+        ["targets.ema.timestep", "same", "minimum"],
     ),
     (
-        {"model.size": "tiny", "alignment.student_block": 7},
-        ["alignment.student_block", "7", "1 to 6", "tiny"],
+        {**EMA, "model.size": "tiny", "alignment.student_block": 7},
+        ["terms.alignment.block", "7", "1 to 6"],
     ),
     (
-        {"model.size": "B/2", "alignment.teacher_block": 13},
-        ["alignment.teacher_block", "13", "1 to 12", "B/2"],
+        {**EMA, "model.size": "B/2", "targets.ema.block": 13},
+        ["targets.ema.block", "13", "1 to 12"],
     ),
     (
         {"training.batch_size": 10, "training.gradient_accumulation": 4},
@@ -261,11 +253,20 @@ def test_refused_in_one_line_that_names_field_value_and_what_is_allowed(changes,
 
 
 @pytest.mark.parametrize("name", RECIPE_NAMES)
-@pytest.mark.parametrize("block", ["alignment.student_block", "alignment.teacher_block"])
-def test_blocks_past_the_depth_are_refused_for_every_recipe(name, block):
-    recipe(name, {"model.size": "XL/2", block: 28})
-    with pytest.raises(UserError, match=rf"{block} is 29: allowed is 1 to 28"):
-        recipe(name, {"model.size": "XL/2", block: 29})
+@pytest.mark.parametrize(
+    ("block", "setting"),
+    [
+        ("alignment.student_block", "terms.alignment.block"),
+        ("alignment.teacher_block", "targets.ema.block"),
+        ("terms.alignment.block", "terms.alignment.block"),
+        ("targets.ema.block", "targets.ema.block"),
+    ],
+)
+def test_blocks_past_the_depth_are_refused_for_every_recipe(name, block, setting):
+    changes = {**EMA, "model.size": "XL/2"}
+    recipe(name, {**changes, block: 28})
+    with pytest.raises(UserError, match=rf"{setting} is 29: allowed are a block from 1 to 28"):
+        recipe(name, {**changes, block: 29})
 
 
 class TestResolve:
@@ -283,12 +284,19 @@ class TestResolve:
     )
     def test_blocks_follow_the_depth(self, size, student, teacher):
         tree = resolve(recipe("sra", {"model.size": size}), 4, (32, 32), 1000)
-        assert (tree.alignment.student_block, tree.alignment.teacher_block) == (student, teacher)
+        assert blocks_of(tree) == (student, teacher)
 
-    def test_given_blocks_stay(self):
-        changes = {"alignment.student_block": 3, "alignment.teacher_block": 12}
+    @pytest.mark.parametrize(
+        "names",
+        [
+            ("alignment.student_block", "alignment.teacher_block"),
+            ("terms.alignment.block", "targets.ema.block"),
+        ],
+    )
+    def test_given_blocks_stay(self, names):
+        changes = dict(zip(names, (3, 12), strict=True))
         tree = resolve(recipe("sra", {"model.size": "B/2", **changes}), 4, (32, 32), 1000)
-        assert (tree.alignment.student_block, tree.alignment.teacher_block) == (3, 12)
+        assert blocks_of(tree) == (3, 12)
 
     def test_zero_classes_make_labelled_data_unconditional(self):
         tree = resolve(recipe("sit", {"model.num_classes": 0}), 3, (32, 32), 10)

@@ -10,8 +10,9 @@ from support import RECIPE_NAMES, float64_draw, resolved, small_model
 from torch import Tensor
 from torch.nn import functional
 
-from selfalign import Objective, SiT, draw_views, make_generator
-from selfalign.config import group_sizes
+from selfalign import Objective, build_student, draw_views, make_generator
+from selfalign.network import Output
+from selfalign.tokens import group_sizes, patchify
 
 # --- The oracle: plain functions of a state dict, nothing from the package ----------------------
 
@@ -130,29 +131,29 @@ def oracle_objective(config, student, teacher, x0, labels, draw, heads):
     seen = torch.where(draw.label_dropout, config.model.num_classes, labels)
     velocity, outputs = oracle_forward(student, xt, t, seen, mask, heads)
     denoising = (velocity - target).square().mean((1, 2, 3))
-    alignment = config.alignment
+    alignment, ema = config.terms["alignment"], config.targets["ema"]
     if alignment.target == "none":
-        return denoising.mean(), denoising, torch.zeros(())
+        return denoising.mean(), denoising, None
 
-    if alignment.teacher_timestep == "sra":
+    if ema.timestep == "below":
         # A teacher without groups sees the whole image at one timestep, the first one drawn.
-        teacher_group = group if alignment.teacher_groups else torch.zeros_like(group)
+        teacher_group = group if ema.groups else torch.zeros_like(group)
         t = (draw.timesteps - draw.teacher_interval).clamp(0, 1).gather(1, teacher_group)
-    elif alignment.teacher_timestep == "self-flow":
+    elif ema.timestep == "minimum":
         t = draw.timesteps.min(1, keepdim=True).values.expand_as(t)
     with torch.no_grad():
         _, targets = oracle_forward(
             teacher,
             noised(t)[0],
             t,
-            seen if alignment.teacher_labels == "dropped" else labels,
-            mask if alignment.teacher_groups else everything,
+            seen if ema.labels == "dropped" else labels,
+            mask if ema.groups else everything,
             heads,
         )
-    h = oracle_linear(student, "ap_head.linear1", outputs[alignment.student_block - 1])
+    h = oracle_linear(student, "ap_head.linear1", outputs[alignment.block - 1])
     a, b = (
         oracle_linear(student, "ap_head.linear2", functional.silu(h)),
-        targets[alignment.teacher_block - 1],
+        targets[ema.block - 1],
     )
     difference = (a - b).abs()
     if alignment.distance.startswith("cosine"):
@@ -169,25 +170,25 @@ def oracle_objective(config, student, teacher, x0, labels, draw, heads):
 
 # --- The package against it ---------------------------------------------------------------------
 
-BLOCKS = {"alignment.student_block": 1, "alignment.teacher_block": 2}
+BLOCKS = {"terms.alignment.block": 1, "targets.ema.block": 2}
 POINTS = [
     *((name, {}) for name in RECIPE_NAMES),
     *(("sra-dts-as", {"alignment.distance": d}) for d in ("cosine-over-tokens", "smooth-l1", "l1")),
-    ("sra", {"alignment.distance": "l2", "alignment.weight": 2.0}),
+    ("sra", {"terms.alignment.distance": "l2", "terms.alignment.weight": 2.0}),
     ("sra-dts-as", {"views.whole_image_fraction": 0.5}),
     ("sra-as", {"views.whole_image_fraction": 0.25, "flow.path": "cosine"}),
     ("sra-dts", {"views.whole_image_fraction": 1.0}),
     ("sra-dts-as", {"views.whole_image_fraction": 1.0}),
     ("sra-dts-as", {"views.mask_ratios": (0.2, 0.5, 0.3)}),
     ("sra-dts-as", {"views.mask_ratios": (1.0,) * 6, "flow.path": "cosine"}),
-    ("sra-dts-as", {"alignment.teacher_timestep": "same"}),
-    ("sra-dts-as", {"alignment.teacher_timestep": "self-flow"}),
+    ("sra-dts-as", {"targets.ema.timestep": "same"}),
+    ("sra-dts-as", {"targets.ema.timestep": "minimum"}),
     ("sra-dts-as", {"alignment.teacher_timestep": "self-flow", "alignment.teacher_groups": False}),
     ("sra-as", {"alignment.teacher_groups": False}),
     ("self-flow", {"alignment.teacher_labels": "dropped", "flow.path": "cosine"}),
     ("sra", {"alignment.teacher_labels": "dropped"}),
     ("sra-dts-as", {"alignment.student_block": 3, "alignment.teacher_block": 3}),
-    ("sra", {"alignment.student_block": 3, "alignment.teacher_block": 1}),
+    ("sra", {"terms.alignment.block": 3, "targets.ema.block": 1}),
     ("sra-dts-as", {"model.size": "tiny/2"}),
     ("sra-dts-as", {"model.num_classes": 0}),
 ]
@@ -197,7 +198,11 @@ POINTS = [
 def test_losses_and_gradients_are_the_oracles(name, changes):
     changes = {**BLOCKS, "views.class_dropout": 0.5, **changes}
     config = resolved(name, changes, channels=2, image_size=(4, 6))
-    settings = {"patch_size": config.model.patch_size, "num_classes": config.model.num_classes}
+    settings = {
+        "patch_size": config.model.patch_size,
+        "num_classes": config.model.num_classes,
+        "head_after": config.terms["alignment"].block,
+    }
     student, teacher = small_model(0, **settings), small_model(1, **settings)
     draw = float64_draw(config, (4, 2, 4, 6), seed=2)
     assert 0 < draw.label_dropout.sum() < 4
@@ -215,8 +220,10 @@ def test_losses_and_gradients_are_the_oracles(name, changes):
     total.backward()
 
     # Positions and frequencies are float32 constants in the model: hence not 1e-12.
-    assert torch.allclose(losses.denoising, denoising, rtol=1e-6)
-    assert torch.allclose(losses.alignment.double(), alignment.double(), rtol=1e-6, atol=1e-9)
+    assert torch.allclose(losses.terms["denoising"], denoising, rtol=1e-6)
+    assert ("alignment" in losses.terms) == (alignment is not None)
+    if alignment is not None:
+        assert torch.allclose(losses.terms["alignment"], alignment, rtol=1e-6, atol=1e-9)
     assert torch.allclose(losses.total, total, rtol=1e-6)
     scale = max(w.grad.abs().max() for w in weights.values() if w.grad is not None)
     for parameter_name, parameter in student.named_parameters():
@@ -231,8 +238,7 @@ def test_losses_and_gradients_are_the_oracles(name, changes):
 def setup(name, changes=None, batch=4, **data):
     """A resolved config, student, teacher, images, labels and a draw."""
     config = resolved(name, changes, **data)
-    torch.manual_seed(0)
-    student = SiT.from_config(config)
+    student = build_student(config)
     height, width = config.model.image_size
     shape = (batch, config.model.channels, height, width)
     x0 = torch.randn(shape, generator=make_generator(0, "x0"))
@@ -265,10 +271,11 @@ def test_trains_a_step_with_finite_gradients(name, shape):
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0)
     objective = Objective(config)
     before = objective(student, teacher, x0, labels, draw)
-    assert before.denoising.shape == (4,)
-    assert torch.allclose(
-        before.total, before.denoising.mean() + config.alignment.weight * before.alignment
-    )
+    assert before.terms["denoising"].shape == (4,)
+    expected = before.terms["denoising"].mean()
+    if name != "sit":
+        expected = expected + config.terms["alignment"].weight * before.terms["alignment"]
+    assert torch.allclose(before.total, expected)
     before.total.backward()
     for parameter_name, parameter in student.named_parameters():
         assert parameter.grad is not None, parameter_name  # or DDP would wait for it
@@ -293,15 +300,17 @@ def test_is_pure_given_the_draw(name):
     assert torch.equal(torch.get_rng_state(), state)
     again = objective(student, teacher, x0, labels, draw)
     assert torch.equal(first.total, again.total)
-    assert torch.equal(first.denoising, again.denoising)
+    assert first.terms.keys() == again.terms.keys()
+    for term, value in first.terms.items():
+        assert torch.equal(value, again.terms[term])
 
 
 def test_sit_needs_no_teacher_and_no_head():
     config, student, _, x0, labels, draw = setup("sit")
-    assert student.ap_head is None
+    assert not student.head_taps and not hasattr(student, "ap_head")
     losses = Objective(config)(student, None, x0, labels, draw)
-    assert losses.alignment == 0
-    assert torch.equal(losses.total, losses.denoising.mean())
+    assert losses.terms.keys() == {"denoising"}
+    assert torch.equal(losses.total, losses.terms["denoising"].mean())
 
 
 def test_a_wrapped_student_is_called_through_its_wrapper():
@@ -323,45 +332,46 @@ class TestLabels:
     def run(self, teacher_labels, dropout, labels, num_classes=5):
         config = resolved(
             "sra",
-            {**BLOCKS, "alignment.teacher_labels": teacher_labels},
+            {**BLOCKS, "targets.ema.labels": teacher_labels},
             channels=2,
             image_size=(4, 6),
             num_classes=num_classes,
         )
         draw = replace(float64_draw(config, (3, 2, 4, 6)), label_dropout=torch.tensor(dropout))
         x0 = torch.ones(3, 2, 4, 6, dtype=torch.float64)
-        return Objective(config).predict(
-            small_model(0), small_model(1), x0, torch.tensor(labels), draw
+        forward = Objective(config).predict(
+            small_model(0, head_after=1), small_model(1), x0, torch.tensor(labels), draw
         )
+        return forward.output.velocity, forward.output.projected["ap_head"], forward.targets["ema"]
 
     @pytest.mark.parametrize("teacher_labels", ["dropped", "undropped"])
     def test_a_dropped_label_is_the_null_class_to_the_student(self, teacher_labels):
-        dropped = self.run(teacher_labels, [True, False, False], [0, 1, 2])
-        null = self.run(teacher_labels, [False, False, False], [5, 1, 2])
-        assert torch.equal(dropped.velocity, null.velocity)
-        assert torch.equal(dropped.student_features, null.student_features)
-        given = self.run(teacher_labels, [False, False, False], [0, 1, 2])
-        assert not torch.allclose(dropped.velocity[0], given.velocity[0])
-        assert torch.equal(dropped.velocity[1:], given.velocity[1:])
+        velocity, features, _ = self.run(teacher_labels, [True, False, False], [0, 1, 2])
+        null, null_features, _ = self.run(teacher_labels, [False, False, False], [5, 1, 2])
+        assert torch.equal(velocity, null)
+        assert torch.equal(features, null_features)
+        given, _, _ = self.run(teacher_labels, [False, False, False], [0, 1, 2])
+        assert not torch.allclose(velocity[0], given[0])
+        assert torch.equal(velocity[1:], given[1:])
 
     def test_the_teacher_sees_every_label_when_undropped(self):
-        dropped = self.run("undropped", [True, True, True], [0, 1, 2])
-        given = self.run("undropped", [False, False, False], [0, 1, 2])
-        assert torch.equal(dropped.teacher_features, given.teacher_features)
+        _, _, dropped = self.run("undropped", [True, True, True], [0, 1, 2])
+        _, _, given = self.run("undropped", [False, False, False], [0, 1, 2])
+        assert torch.equal(dropped, given)
 
     def test_the_teacher_sees_the_students_labels_when_dropped(self):
-        dropped = self.run("dropped", [True, False, True], [0, 1, 2])
-        null = self.run("dropped", [False, False, False], [5, 1, 5])
-        given = self.run("dropped", [False, False, False], [0, 1, 2])
-        assert torch.equal(dropped.teacher_features, null.teacher_features)
-        assert not torch.allclose(dropped.teacher_features[0], given.teacher_features[0])
+        _, _, dropped = self.run("dropped", [True, False, True], [0, 1, 2])
+        _, _, null = self.run("dropped", [False, False, False], [5, 1, 5])
+        _, _, given = self.run("dropped", [False, False, False], [0, 1, 2])
+        assert torch.equal(dropped, null)
+        assert not torch.allclose(dropped[0], given[0])
 
 
 def test_gradient_checkpointing_changes_nothing():
     gradients = []
     for checkpointing in (False, True):
         config = resolved("sra-dts-as", BLOCKS, channels=2, image_size=(4, 6))
-        student = small_model(0, gradient_checkpointing=checkpointing)
+        student = small_model(0, gradient_checkpointing=checkpointing, head_after=1)
         draw = float64_draw(config, (3, 2, 4, 6))
         x0 = torch.ones(3, 2, 4, 6, dtype=torch.float64)
         losses = Objective(config)(student, small_model(1), x0, torch.tensor([0, 1, 2]), draw)
@@ -376,10 +386,8 @@ def test_a_perfect_student_has_no_denoising_loss():
     x0 = torch.randn(3, 1, 8, 8)
     draw = draw_views(config, x0.shape, make_generator(0, "draw"))
 
-    def perfect(tokens, timesteps, labels, groups, student_block):
-        from selfalign.views import patchify
-
-        return patchify(draw.noise - x0, 1), None
+    def perfect(*arguments):
+        return Output(patchify(draw.noise - x0, 1), {}, {})
 
     losses = Objective(config)(perfect, None, x0, torch.zeros(3, dtype=torch.long), draw)
     assert losses.total == 0
@@ -388,6 +396,6 @@ def test_a_perfect_student_has_no_denoising_loss():
 @pytest.mark.parametrize("name", RECIPE_NAMES)
 def test_predictions_restore_to_image_order(name):
     config, student, teacher, x0, labels, draw = setup(name)
-    predictions = Objective(config).predict(student, teacher, x0, labels, draw)
-    target = predictions.groups.restore(predictions.target)
+    views = Objective(config).predict(student, teacher, x0, labels, draw).views
+    target = views.groups.restore(views.target)
     assert torch.allclose(target, (draw.noise - x0).flatten(2).transpose(1, 2))

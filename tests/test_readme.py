@@ -3,15 +3,17 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
-from selfalign import EMA, Objective, RunConfig, SiT, draw_views, make_generator
+from selfalign import EMA, Objective, RunConfig, SiT, build_student, draw_views, make_generator
+from selfalign.cli import main
 
 README = Path(__file__).parents[1] / "README.md"
 
 
 def test_the_example_trains() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
     names: dict[str, object] = {}
     exec(compile(code, str(README), "exec"), names)
@@ -25,9 +27,22 @@ def test_the_example_trains() -> None:
     images, labels = names["images"], names["labels"]
     assert isinstance(images, torch.Tensor)
     draw = draw_views(config, images.shape, make_generator(0, "views", 0))
-    trained = Objective(config)(student, ema.model, images, labels, draw).denoising.mean()
-    untrained = Objective(config)(SiT.from_config(config), ema.model, images, labels, draw)
-    assert trained < untrained.denoising.mean()
+    trained = Objective(config)(student, ema.model, images, labels, draw).means()["denoising"]
+    untrained = Objective(config)(build_student(config), ema.model, images, labels, draw).means()
+    assert trained < untrained["denoising"]
+
+
+@pytest.mark.usefixtures("forget_parts")
+def test_the_term_of_ones_own_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = README.read_text()
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    command = next(line for line in text.splitlines() if "--plugins small_velocity.py" in line)
+    monkeypatch.chdir(tmp_path)
+    Path("small_velocity.py").write_text(code)
+    small = "--model.size tiny/4 --training.steps 2 --training.batch-size 4 --training.trackers"
+    more = "--training.log-every 1 --training.heldout-samples 10"
+    assert main([*command.split()[1:], *small.split(), *more.split()]) == 0
+    assert "small-velocity_loss" in Path("runs/idea/metrics.jsonl").read_text()
 
 
 def test_its_links_lead_somewhere() -> None:

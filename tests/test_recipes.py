@@ -10,11 +10,11 @@ from selfalign import RECIPES, RunConfig, UserError, recipe, resolve
 # target, timesteps, attention, teacher timestep, teacher sees groups: the paper's table.
 TABLE = {
     "sit": ("none", "single", "full", None, None),
-    "sra": ("ema", "single", "full", "sra", False),
-    "self-flow": ("ema", "dual", "full", "self-flow", False),
-    "sra-dts": ("ema", "dual", "full", "sra", True),
-    "sra-as": ("ema", "single", "separated", "sra", True),
-    "sra-dts-as": ("ema", "dual", "separated", "sra", True),
+    "sra": ("ema", "single", "full", "below", False),
+    "self-flow": ("ema", "independent", "full", "minimum", False),
+    "sra-dts": ("ema", "independent", "full", "below", True),
+    "sra-as": ("ema", "single", "separated", "below", True),
+    "sra-dts-as": ("ema", "independent", "separated", "below", True),
 }
 
 
@@ -22,22 +22,26 @@ TABLE = {
 def test_is_its_row_of_the_table(name):
     tree = recipe(name)
     target, timesteps, attention, teacher_timestep, teacher_groups = TABLE[name]
-    assert tree.alignment.target == target
+    alignment, ema = tree.terms["alignment"], tree.targets["ema"]
+    assert alignment.target == target
+    assert list(tree.used_terms()) == ["denoising", "alignment"][: 1 + (target != "none")]
     assert tree.views.timesteps == timesteps
     assert tree.views.attention == attention
     if target != "none":
-        assert tree.alignment.teacher_timestep == teacher_timestep
-        assert tree.alignment.teacher_groups == teacher_groups
-        assert tree.alignment.weight == (0.8 if name == "self-flow" else 0.5)
-    grouped = timesteps == "dual" or attention == "separated"
+        assert ema.timestep == teacher_timestep
+        assert ema.groups == teacher_groups
+        assert alignment.weight == (0.8 if name == "self-flow" else 0.5)
+    grouped = timesteps == "independent" or attention == "separated"
     assert tree.views.mask_ratios == ((0.25, 0.75) if grouped else (1.0,))
 
 
 @pytest.mark.parametrize("name", RECIPE_NAMES)
 def test_differs_from_the_defaults_in_views_and_alignment_only(name):
     plain = RunConfig()
-    tree = dataclasses.replace(recipe(name), views=plain.views, alignment=plain.alignment)
-    assert tree == plain
+    tree = recipe(name)
+    assert set(tree.terms.given) <= {"alignment"} and set(tree.targets.given) <= {"ema"}
+    same = {"views": plain.views, "terms": plain.terms, "targets": plain.targets}
+    assert dataclasses.replace(tree, **same) == plain
 
 
 def test_every_recipe_is_described_in_one_line():
@@ -51,8 +55,10 @@ def test_no_two_recipes_are_the_same_point():
 
 
 def test_overrides_go_over_the_recipe():
-    tree = recipe("self-flow", {"alignment.weight": 0.1, "seed": 4})
-    assert (tree.alignment.weight, tree.seed, tree.views.timesteps) == (0.1, 4, "dual")
+    for weight in ("alignment.weight", "terms.alignment.weight"):
+        tree = recipe("self-flow", {weight: 0.1, "seed": 4})
+        assert (tree.terms["alignment"].weight, tree.seed) == (0.1, 4)
+        assert tree.views.timesteps == "independent"
 
 
 def test_a_recipe_may_not_be_overridden_into_a_contradiction():
@@ -78,15 +84,16 @@ def test_full_size_recipes_are_the_papers_settings(
     name: str, latents: int, tokens: int, depth: int, blocks: tuple[int, int], steps: int
 ) -> None:
     config = resolve(recipe(name), channels=4, image_size=(latents, latents), num_classes=1000)
-    model, training, alignment = config.model, config.training, config.alignment
-    assert (model.num_tokens, model.dimensions.depth, model.num_classes) == (tokens, depth, 1000)
-    assert (alignment.student_block, alignment.teacher_block) == blocks
-    assert (alignment.weight, alignment.teacher_interval) == (0.5, 0.2)
+    model, training = config.model, config.training
+    alignment, ema = config.terms["alignment"], config.targets["ema"]
+    assert (model.num_tokens, config.depth, model.num_classes) == (tokens, depth, 1000)
+    assert (alignment.block, ema.block) == blocks
+    assert (alignment.weight, ema.interval) == (0.5, 0.2)
     assert (training.steps, training.batch_size, training.learning_rate) == (steps, 256, 1e-4)
     assert (training.weight_decay, training.clip_norm, training.ema_decay) == (0, 1.0, 0.9999)
     assert not training.ema_warmup and training.schedule == "constant"
     assert config.views.class_dropout == 0.1 and config.views.mask_ratios == (0.25, 0.75)
-    assert (config.views.timesteps, config.views.attention) == ("dual", "separated")
+    assert (config.views.timesteps, config.views.attention) == ("independent", "separated")
     assert config.flow.timestep_distribution == "uniform" and config.data.name == "latents"
     with pytest.raises(UserError, match="the data has"):
         resolve(recipe(name), channels=4, image_size=(16, 16), num_classes=1000)

@@ -1,6 +1,5 @@
 """What student and teacher see: groups, timesteps, noise, and the randomness behind them."""
 
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -8,85 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from support import RECIPE_NAMES, resolved
+from support import (
+    GROUPED,
+    RECIPE_NAMES,
+    clean_images,
+    draw_of,
+    resolved,
+    teacher_view,
+    timestep_of_token,
+)
 
-from selfalign import TokenGroups, draw_views, make_generator
-from selfalign.config import group_sizes
 from selfalign.flow import PATHS
-from selfalign.views import make_views, patchify, unpatchify
-
-GROUPED = ("self-flow", "sra-dts", "sra-as", "sra-dts-as")
-ALIGNED = RECIPE_NAMES[1:]
-
-
-def draw_of(config, batch=8, seed=0):
-    height, width = config.model.image_size
-    shape = (batch, config.model.channels, height, width)
-    return draw_views(config, shape, make_generator(seed, "views"))
-
-
-def clean_images(config, batch=8, seed=1):
-    height, width = config.model.image_size
-    shape = (batch, config.model.channels, height, width)
-    return torch.randn(shape, generator=make_generator(seed, "images"))
-
-
-def timestep_of_token(view):
-    """(B, N) timesteps in image order."""
-    return view.groups.restore(view.groups.broadcast(view.timesteps[..., None]))[..., 0]
-
-
-class TestPatches:
-    @given(
-        batch=st.integers(1, 3),
-        channels=st.integers(1, 4),
-        rows=st.integers(1, 4),
-        columns=st.integers(1, 4),
-        patch=st.sampled_from([1, 2, 4, 8]),
-    )
-    @settings(max_examples=40)
-    def test_unpatchify_inverts_patchify(self, batch, channels, rows, columns, patch):
-        images = torch.randn(batch, channels, rows * patch, columns * patch)
-        tokens = patchify(images, patch)
-        assert tokens.shape == (batch, rows * columns, patch * patch * channels)
-        assert torch.equal(unpatchify(tokens, patch, images.shape[2:]), images)
-
-    def test_tokens_are_row_major_and_patches_row_column_channel(self):
-        channels, patch = 3, 2
-        images = torch.arange(channels * 4 * 6).reshape(1, channels, 4, 6)
-        tokens = patchify(images, patch)
-        for row, column, y, x, c in itertools.product(*map(range, (2, 3, patch, patch, channels))):
-            token, position = row * 3 + column, (y * patch + x) * channels + c
-            expected = images[0, c, row * patch + y, column * patch + x]
-            assert tokens[0, token, position] == expected
-
-
-class TestTokenGroups:
-    @given(seed=st.integers(0, 999), num_tokens=st.integers(1, 40))
-    @settings(max_examples=30)
-    def test_restore_inverts_sort(self, seed, num_tokens):
-        generator = make_generator(seed, "order")
-        order = torch.rand(3, num_tokens, generator=generator).argsort(dim=1)
-        groups = TokenGroups(order, (num_tokens,))
-        tokens = torch.randn(3, num_tokens, 2)
-        assert torch.equal(groups.restore(groups.sort(tokens)), tokens)
-        assert torch.equal(groups.sort(groups.restore(tokens)), tokens)
-        assert torch.equal(groups.sort(tokens)[1, 0], tokens[1, order[1, 0]])
-        shared = tokens[:1]
-        assert torch.equal(groups.sort(shared), groups.sort(shared.expand(3, -1, -1)))
-
-    def test_no_order_is_the_images_own(self):
-        tokens = torch.randn(2, 6, 3)
-        groups = TokenGroups(None, (6,))
-        assert torch.equal(groups.sort(tokens), tokens)
-        assert torch.equal(groups.restore(tokens), tokens)
-
-    def test_broadcast_gives_each_slice_its_groups_value(self):
-        values = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-        expected = torch.tensor([[1.0, 1, 1, 2, 3, 3], [4, 4, 4, 5, 6, 6]])
-        assert torch.equal(
-            TokenGroups(None, (3, 1, 2)).broadcast(values[..., None])[..., 0], expected
-        )
+from selfalign.tokens import group_sizes, unpatchify
+from selfalign.views import make_views
 
 
 class TestDraw:
@@ -238,64 +171,13 @@ class TestStudentView:
     @pytest.mark.parametrize("name", RECIPE_NAMES)
     def test_attention_is_separated_only_where_the_recipe_says(self, name):
         config = resolved(name)
-        views = make_views(config, clean_images(config), draw_of(config))
+        draw = draw_of(config)
+        views = make_views(config, clean_images(config), draw)
         assert views.student.groups.separate == name.endswith("-as")
-        assert (views.teacher is None) == (name == "sit")
-        if views.teacher:
-            assert views.teacher.groups.separate == name.endswith("-as")
-
-
-class TestTeacherView:
-    @pytest.mark.parametrize("name", ["sra", "sra-dts", "sra-as", "sra-dts-as"])
-    def test_sra_timesteps_lie_below_the_students_by_the_drawn_interval(self, name):
-        config = resolved(name, {"alignment.teacher_interval": 0.3})
-        draw = draw_of(config, batch=300)
-        views = make_views(config, torch.zeros_like(draw.noise), draw)
-        student, teacher = views.student.timesteps, views.teacher.timesteps
-        assert (teacher <= student).all()
-        assert (teacher >= (student - 0.3)).all()
-        assert teacher.min() == 0  # some are clamped, none is negative
-        assert torch.equal(teacher, (student - draw.teacher_interval).clamp(0, 1))
-
-    def test_self_flow_sees_the_whole_image_at_the_smaller_timestep(self):
-        config = resolved("self-flow")
-        draw = draw_of(config)
-        view = make_views(config, clean_images(config), draw).teacher
-        assert view.groups.sizes == (64,)
-        assert torch.equal(view.timesteps, draw.timesteps.min(dim=1, keepdim=True).values)
-
-    def test_self_flow_timesteps_with_groups_are_the_minimum_in_all_of_them(self):
-        changes = {"alignment.teacher_groups": True, "views.mask_ratios": (0.2, 0.3, 0.5)}
-        config = resolved("self-flow", changes)
-        draw = draw_of(config)
-        view = make_views(config, clean_images(config), draw).teacher
-        expected = draw.timesteps.min(dim=1, keepdim=True).values.expand(-1, 3)
-        assert torch.equal(view.timesteps, expected)
-
-    @pytest.mark.parametrize("name", ["sra", "sra-dts", "sra-as", "sra-dts-as"])
-    def test_same_is_the_students_own_view(self, name):
-        config = resolved(name, {"alignment.teacher_timestep": "same"})
-        views = make_views(config, clean_images(config), draw_of(config))
-        assert torch.equal(views.teacher.tokens, views.student.tokens)
-        assert torch.equal(views.teacher.timesteps, views.student.timesteps)
-        assert views.teacher.groups == views.student.groups
-
-    @pytest.mark.parametrize("name", ALIGNED)
-    def test_shares_the_students_noise_and_token_order(self, name):
-        config = resolved(name, {"views.whole_image_fraction": 0.25 if name in GROUPED else 0.0})
-        draw, x0 = draw_of(config), clean_images(config)
-        view = make_views(config, x0, draw).teacher
-        times = timestep_of_token(view).reshape(8, 1, 8, 8)
-        expected = PATHS["linear"].interpolate(x0, draw.noise, times)
-        restored = unpatchify(view.groups.restore(view.tokens), 1, (8, 8))
-        assert torch.allclose(restored, expected, atol=1e-6)
-        if draw.order is not None:
-            assert torch.equal(view.groups.order, draw.order)
-
-    def test_without_groups_under_separation_it_attends_to_the_whole_image(self):
-        config = resolved("sra-as", {"alignment.teacher_groups": False})
-        view = make_views(config, clean_images(config), draw_of(config)).teacher
-        assert view.groups.sizes == (64,) and not view.groups.separate
+        assert (config.used_targets() == {}) == (name == "sit")
+        if name != "sit":
+            teacher = teacher_view(config, views, draw)
+            assert teacher.groups.separate == name.endswith("-as")
 
 
 class TestWholeImages:
@@ -311,9 +193,10 @@ class TestWholeImages:
         # The released code gives them the second group's.
         assert torch.equal(tokens[:count], draw.timesteps[:count, 1:].expand(-1, 64))
         assert torch.equal(view.timesteps[count:], draw.timesteps[count:])
-        if config.alignment.teacher_groups:
-            assert views.teacher.groups.whole == count
-            teacher = timestep_of_token(views.teacher)
+        if config.targets["ema"].groups:
+            seen = teacher_view(config, views, draw)
+            assert seen.groups.whole == count
+            teacher = timestep_of_token(seen)
             lower = (draw.timesteps - draw.teacher_interval).clamp(0, 1)[:count, 1:]
             assert torch.equal(teacher[:count], lower.expand(-1, 64))
 

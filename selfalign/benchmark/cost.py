@@ -1,13 +1,26 @@
-"""The cost of a training step, counted from the config: parameters, arithmetic, memory, bytes.
+"""The cost of a training step, counted on the meta device: parameters, arithmetic, memory, bytes.
 
-A multiplication and an addition count as two operations; matrix products and attention count, all else
-is left to the measurements. A backward pass computes two products for each of the forward's.
+The step that is counted is the objective itself, run on tensors without numbers. A multiplication and an
+addition count as two operations; matmuls and attention count, all else is left to the measurements.
 """
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from selfalign.config import RunConfig, group_sizes, whole_images
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from selfalign.config import ResolvedConfig
+from selfalign.network import Backbone
+from selfalign.objective import Losses, Objective
+from selfalign.randomness import make_generator
+from selfalign.student import build_student
+from selfalign.training.ema import EMA
+from selfalign.views import Draw, draw_views
 
 FLOAT_BYTES = 4
 UPDATE_BYTES_PER_PARAMETER = {
@@ -16,43 +29,21 @@ UPDATE_BYTES_PER_PARAMETER = {
     "AdamW": 7 * FLOAT_BYTES,  # weight, gradient, two moments read; all but the gradient written
     "EMA": 3 * FLOAT_BYTES,  # weight and average read, average written
 }
-# Features of one token that a block reads and writes, besides products and attention, where every chain
-# of operations is one pass (kernels/cpu.cpp, or what a compiler makes of them).
+# Features of one token that a block reads and writes, besides matmuls and attention, where every chain of
+# operations is one pass (ops/cpu/cpu.cpp, or what a compiler makes of them).
 BLOCK_PASSES_FORWARD = 16
-"""Two gated sums with their norms (4 each), GELU over the hidden layer (8)."""
+"""Two norms and two gated sums (8), GELU over the hidden layer (8)."""
 BLOCK_PASSES_BACKWARD = 24
-"""Two norms with their gated sums (6 each), GELU (12)."""
-ATTENTION_BACKWARD = 2.5
-"""Products in the backward pass of fused attention, which recomputes QKᵀ, per forward product."""
-
-
-@dataclass(frozen=True)
-class Linear:
-    """Matrix products of one kind of linear layer in one step."""
-
-    name: str
-    rows: int
-    """Rows of the input: samples × tokens, or samples × groups."""
-    inputs: int
-    outputs: int
-    student: int
-    """How many such layers the student runs, forward and backward."""
-    teacher: int = 0
-    """How many the teacher runs, forward only."""
-    input_gradient: bool = True
-    """Whether the backward pass needs the gradient of the input."""
-
-    @property
-    def flops(self) -> int:
-        """Operations of one forward product."""
-        return 2 * self.rows * self.inputs * self.outputs
+"""Two norms and two gated sums (12), GELU (12)."""
+RECOMPUTED = 0.5
+"""Share of its forward operations that fused attention does again in the backward pass: QKᵀ."""
 
 
 @dataclass(frozen=True)
 class Rates:
     """How fast a device does the four kinds of work of a step."""
 
-    products: float
+    matmuls: float
     """Operations per second, of linear layers."""
     attention: float
     """Operations per second."""
@@ -68,15 +59,15 @@ class Cost:
 
     parameters: int
     student_forward: float
-    """Operations of the student's forward pass."""
+    """Operations of the student's forward pass, heads included."""
     teacher_forward: float
-    """Operations of the teacher's forward pass, up to its block."""
+    """Operations of what the targets need besides, the EMA teacher's pass for one."""
     backward: float
     """Operations of the backward pass."""
     attention: float
     """Of all of these, the operations of attention itself."""
     elementwise_bytes: int
-    """Bytes moved between the products: norms, modulation, gates, GELU and their gradients."""
+    """Bytes moved between the matmuls: norms, modulation, gates, GELU and their gradients."""
     update_bytes: int
     """Bytes moved by clipping, optimizer and EMA."""
     state_bytes: int
@@ -92,147 +83,129 @@ class Cost:
     def seconds(self, rates: Rates) -> float:
         """Time of the step: each kind of work at its own rate, one after the other."""
         return (
-            (self.flops - self.attention) / rates.products
+            (self.flops - self.attention) / rates.matmuls
             + self.attention / rates.attention
             + self.elementwise_bytes / rates.elementwise
             + self.update_bytes / rates.memory
         )
 
 
-def linears(config: RunConfig, batch_size: int) -> Iterator[Linear]:
-    """Every kind of linear layer that one device runs in a step.
+class MetaStep:
+    """A step's objective on the meta device: everything but the numbers.
 
     Args:
         config: a resolved tree.
         batch_size: samples on the device.
     """
-    model, alignment = config.model, config.alignment
-    assert model.channels is not None
-    width, depth = model.dimensions.hidden_size, model.dimensions.depth
-    tokens, groups = batch_size * model.num_tokens, batch_size * config.num_groups
-    aligned = alignment.target != "none"
-    blocks = (alignment.teacher_block or 0) if aligned else 0
-    teacher_groups = groups if alignment.teacher_groups else batch_size
-    patch = model.channels * model.patch_size**2
-    teacher = int(aligned)
-    yield Linear("x_embedder", tokens, patch, width, 1, teacher, input_gradient=False)
-    yield Linear("qkv", tokens, width, 3 * width, depth, blocks)
-    yield Linear("proj", tokens, width, width, depth, blocks)
-    yield Linear("fc1", tokens, width, 4 * width, depth, blocks)
-    yield Linear("fc2", tokens, 4 * width, width, depth, blocks)
-    yield Linear("adaLN", groups, width, 6 * width, depth)
-    if blocks:
-        yield Linear("adaLN of the teacher", teacher_groups, width, 6 * width, 0, blocks)
-    yield Linear("final adaLN", groups, width, 2 * width, 1)
-    yield Linear("final linear", tokens, width, patch, 1)
-    yield Linear("t_embedder.0", groups, 256, width, 1, input_gradient=False)
-    yield Linear("t_embedder.2", groups, width, width, 1)
-    if aligned:
-        yield Linear("t_embedder.0 of the teacher", teacher_groups, 256, width, 0, 1)
-        yield Linear("t_embedder.2 of the teacher", teacher_groups, width, width, 0, 1)
-        yield Linear("ap_head.linear1", tokens, width, 2 * width, 1)
-        yield Linear("ap_head.linear2", tokens, 2 * width, width, 1)
+
+    def __init__(self, config: ResolvedConfig, batch_size: int) -> None:
+        self.config, self.batch_size = config, batch_size
+        with torch.device("meta"):
+            self.student = build_student(config)
+            self.teacher = EMA(self.student, decay=0.0).model
+        shape = (batch_size, config.model.channels, *config.model.image_size)
+        self._draw = _on_meta(
+            draw_views(config, (1, *shape[1:]), make_generator(0, "cost")), batch_size
+        )
+        self._x0 = torch.empty(shape, device="meta")
+        self._condition = torch.zeros(batch_size, dtype=torch.int64, device="meta")
+        self._objective = Objective(config)
+
+    def forward(self, student: Callable[..., Any] | None = None) -> Losses:
+        """The losses; `student` may be a wrapper of the student."""
+        arguments = (self.teacher, self._x0, self._condition, self._draw)
+        return self._objective(student or self.student, *arguments)
 
 
-def attention_parts(config: RunConfig, batch_size: int) -> tuple[list[int], list[int]]:
-    """Lengths of the sequences that attend among themselves, of student and teacher, in one block."""
-    tokens = config.model.num_tokens
-    whole = whole_images(config.views.whole_image_fraction, batch_size)
-    everything = [tokens] * batch_size
-    if config.views.attention == "full":
-        return everything, everything
-    sizes = list(group_sizes(config.views.mask_ratios, tokens))
-    separated = [tokens] * whole + sizes * (batch_size - whole)
-    return separated, separated if config.alignment.teacher_groups else everything
+def _on_meta(draw: Draw, batch_size: int) -> Draw:
+    """A draw of one sample as one of many, without the numbers."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: move(held) for name, held in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        return torch.empty((batch_size, *value.shape[1:]), dtype=value.dtype, device="meta")
+
+    values = {entry.name: move(getattr(draw, entry.name)) for entry in dataclasses.fields(draw)}
+    return Draw(**values)
 
 
-def attention_flops(lengths: list[int], width: int) -> float:
-    """Operations of QKᵀ and of the product with V, over all heads."""
-    return sum(4.0 * length**2 * width for length in lengths)
-
-
-def count_parameters(config: RunConfig) -> int:
-    """Trained parameters of the model."""
-    model = config.model
-    assert model.channels is not None and model.num_classes is not None
-    width, depth = model.dimensions.hidden_size, model.dimensions.depth
-    patch = model.channels * model.patch_size**2
-
-    def linear(inputs: int, outputs: int) -> int:
-        return (inputs + 1) * outputs
-
-    block = (
-        linear(width, 3 * width)
-        + linear(width, width)
-        + linear(width, 4 * width)
-        + linear(4 * width, width)
-        + linear(width, 6 * width)
-    )
-    if model.qk_norm:
-        block += 4 * width // model.dimensions.heads
-    total = depth * block + linear(patch, width) + linear(256, width) + linear(width, width)
-    total += linear(width, 2 * width) + linear(width, patch)
-    if model.num_classes:
-        total += (model.num_classes + 1) * width
-    if config.alignment.target != "none":
-        total += linear(width, 2 * width) + linear(2 * width, width)
-    return total
-
-
-def step_cost(config: RunConfig, batch_size: int) -> Cost:
+def step_cost(config: ResolvedConfig, batch_size: int) -> Cost:
     """Count a training step.
 
     Args:
         config: a resolved tree.
         batch_size: samples on one device.
     """
-    model, alignment = config.model, config.alignment
-    width, depth = model.dimensions.hidden_size, model.dimensions.depth
-    aligned = alignment.target != "none"
-    student = teacher = backward = 0.0
-    for layer in linears(config, batch_size):
-        student += layer.student * layer.flops
-        teacher += layer.teacher * layer.flops
-        backward += layer.student * layer.flops * (2 if layer.input_gradient else 1)
-    student_lengths, teacher_lengths = attention_parts(config, batch_size)
-    own = depth * attention_flops(student_lengths, width)
-    teachers = 0.0
-    if aligned:
-        teachers = (alignment.teacher_block or 0) * attention_flops(teacher_lengths, width)
-    if model.gradient_checkpointing:
-        backward += student + own
-    parameters = count_parameters(config)
-    passes = depth * (BLOCK_PASSES_FORWARD + BLOCK_PASSES_BACKWARD)
-    if aligned:
-        passes += (alignment.teacher_block or 0) * BLOCK_PASSES_FORWARD
-    if model.gradient_checkpointing:
-        passes += depth * BLOCK_PASSES_FORWARD
+    step = MetaStep(config, batch_size)
+    counter = FlopCounterMode(display=False)
+
+    def so_far() -> tuple[int, int]:
+        """Operations in all, and those of attention, whose matmuls are the only batched ones."""
+        counts = counter.get_flop_counts().get("Global", {})
+        return counter.get_total_flops(), counts.get(torch.ops.aten.bmm, 0)
+
+    student = [(0, 0)]
+
+    def counted(*arguments: Any) -> Any:
+        before = so_far()
+        output = step.student(*arguments)
+        student[0] = tuple(b - a for a, b in zip(before, so_far(), strict=True))  # type: ignore[assignment]
+        return output
+
+    with (
+        _block_calls(step.student) as student_blocks,
+        _block_calls(step.teacher) as teacher_blocks,
+        counter,
+    ):
+        losses = step.forward(counted)
+        forward = so_far()
+        blocks_forward = len(student_blocks)
+        losses.total.backward()
+        everything = so_far()
+    student_flops, student_attention = student[0]
+    again = RECOMPUTED * student_attention
+    parameters = sum(parameter.numel() for parameter in step.student.parameters())
+    tokens, width = batch_size * config.model.num_tokens, step.student.hidden_size
+    passes = BLOCK_PASSES_FORWARD * (len(student_blocks) + len(teacher_blocks))
+    passes += BLOCK_PASSES_BACKWARD * blocks_forward
     return Cost(
         parameters=parameters,
-        student_forward=student + own,
-        teacher_forward=teacher + teachers,
-        backward=backward + ATTENTION_BACKWARD * own,
-        attention=own * (1 + ATTENTION_BACKWARD) + teachers,
-        elementwise_bytes=FLOAT_BYTES * passes * batch_size * model.num_tokens * width,
+        student_forward=student_flops,
+        teacher_forward=forward[0] - student_flops,
+        backward=everything[0] - forward[0] + again,
+        attention=everything[1] + again,
+        elementwise_bytes=FLOAT_BYTES * passes * tokens * width,
         update_bytes=parameters * sum(UPDATE_BYTES_PER_PARAMETER.values()),
         state_bytes=5 * FLOAT_BYTES * parameters,
-        activation_bytes=_activation_bytes(config, batch_size),
+        activation_bytes=FLOAT_BYTES * _kept_features(config, step.student) * tokens * width,
     )
 
 
-def _activation_bytes(config: RunConfig, batch_size: int) -> int:
-    """Tensors that autograd keeps, in units of one token's features.
+@contextmanager
+def _block_calls(backbone: Backbone) -> Iterator[list[None]]:
+    """A list that grows with every block that is run, recomputed ones included."""
+    calls: list[None] = []
+    handles = [
+        block.register_forward_pre_hook(lambda module, inputs: calls.append(None))
+        for block in backbone.blocks
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _kept_features(config: ResolvedConfig, student: Backbone) -> int:
+    """What autograd keeps, in units of one token's features.
 
     A block keeps: its input and both norms' outputs and modulated outputs (5), q, k, v (3), the
     attention's output (1), the projection's (1), the sum after it (1), the hidden layer before and
-    after GELU (8) and the MLP's output (1).
+    after GELU (8) and the MLP's output (1). A head keeps its hidden layer before and after SiLU and both
+    sets of features (6).
     """
-    model = config.model
-    tokens, width = batch_size * model.num_tokens, model.dimensions.hidden_size
-    per_block = 20 if not model.gradient_checkpointing else 1
-    units = per_block * model.dimensions.depth + 4
-    if config.alignment.target != "none":
-        units += 6  # the head's hidden layer before and after SiLU, and both sets of features
-    if model.gradient_checkpointing:
-        units += 20  # the block that is being recomputed
-    return FLOAT_BYTES * units * tokens * width
+    block, depth = 20, len(student.blocks)
+    blocks = depth + block if config.model.gradient_checkpointing else block * depth
+    return blocks + 4 + 6 * len(student.head_taps)

@@ -5,32 +5,34 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from selfalign import ops
 from selfalign.benchmark.cost import (
     BLOCK_PASSES_BACKWARD,
     BLOCK_PASSES_FORWARD,
     FLOAT_BYTES,
-    Linear,
+    MetaStep,
     Rates,
-    linears,
     step_cost,
 )
-from selfalign.config import RunConfig, group_sizes, override, whole_images
-from selfalign.models.attention import Attention
-from selfalign.models.linear import ONEDNN, gelu_, linear_gradients, product
-from selfalign.models.modulation import ResidualStream
-from selfalign.views import TokenGroups
+from selfalign.config import ResolvedConfig, override, resolve, whole_images
+from selfalign.ops.cpu.matmul import ONEDNN, linear_gradients
+from selfalign.ops.cpu.matmul import linear as multiply
+from selfalign.targets.ema import EMATarget
+from selfalign.tokens import TokenGroups, one_group
 
 
 @dataclass(frozen=True)
 class Limit:
     """The least time in which this machine could take a step.
 
-    The step's products without anything between them, attention's operations at the rate of those
-    products, and the bytes of clipping, optimizer and EMA at the rate of memory.
+    The step's matmuls without anything between them, attention's operations at the rate of those
+    matmuls, and the bytes of clipping, optimizer and EMA at the rate of memory.
     """
 
     gemm_flops_per_second: float
@@ -40,7 +42,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class PassLimit:
-    """The least time of one forward pass: its operations at the rate of its products alone."""
+    """The least time of one forward pass: its operations at the rate of its matmuls alone."""
 
     flops: float
     seconds: float
@@ -61,61 +63,93 @@ def seconds_of(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-class Products:
-    """All matrix products of a step's linear layers in the step's order, on operands of their own.
+@dataclass(frozen=True)
+class Matmul:
+    """A matrix product a·b of a step, with what its operands are stored in, so that they can be shared."""
 
-    As in a step, every operand comes from memory: a product that is timed again and again finds them in
-    the cache, which no step does.
+    kind: Literal["forward", "input gradient", "weight gradient"]
+    a: tuple[int, torch.Size]
+    """Which storage, and its shape as a matrix: an input, or a gradient."""
+    b: tuple[int, torch.Size]
+    """A weight (outputs, inputs), or the input of a layer."""
+
+    @property
+    def flops(self) -> int:
+        """Operations."""
+        (rows, columns), other = self.a[1], self.b[1]
+        inner = other[1] if self.kind != "forward" else other[0]
+        return 2 * rows * columns * inner
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes the matmuls of linear layers, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.matmuls: list[Matmul] = []
+        self._seen: list[Tensor] = []  # kept, so that no two storages of a step share an address
+
+    def _operand(self, matrix: Tensor) -> tuple[int, torch.Size]:
+        self._seen.append(matrix)
+        return matrix.untyped_storage()._cdata, matrix.shape
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.addmm.default:
+            _, a, b = args
+            self.matmuls.append(Matmul("forward", self._operand(a), self._operand(b.t())))
+        elif func is torch.ops.aten.mm.default:
+            a, b = args
+            if a.is_contiguous():
+                self.matmuls.append(Matmul("input gradient", self._operand(a), self._operand(b)))
+            else:
+                matmul = Matmul("weight gradient", self._operand(a.t()), self._operand(b))
+                self.matmuls.append(matmul)
+        return func(*args, **(kwargs or {}))
+
+
+class Matmuls:
+    """All matmuls of a step's linear layers in the step's order, on operands of their own.
+
+    As in a step, every operand comes from memory: a matmul that is timed again and again finds them in the
+    cache, which no step does. The objective itself says which there are, on the meta device.
 
     Args:
         config: a resolved tree.
         batch_size: samples on the device.
         device: where.
-        backward: whether the products of the backward pass belong to it.
+        backward: whether the matmuls of the backward pass belong to it.
         plain: multiply as `torch.nn.Linear` does, and not as the model does.
     """
 
     def __init__(
         self,
-        config: RunConfig,
+        config: ResolvedConfig,
         batch_size: int,
         device: torch.device | str = "cpu",
         backward: bool = True,
         plain: bool = False,
     ) -> None:
         self.device = torch.device(device)
-        self.flops = 0.0
-        self._calls: list[Callable[[], object]] = []
-        layers = list(linears(config, batch_size))
-        own = ONEDNN and self.device.type == "cpu" and not plain
-        operands = {layer: self._operands(layer) for layer in layers}
-        for layer, i in _in_turn(layers, lambda layer: layer.student):
-            self._add(layer, _forward(operands[layer][i], own))
-        for layer, i in _in_turn(layers, lambda layer: layer.teacher):
-            self._add(layer, _forward(operands[layer][i], own))
-        for layer, i in reversed(_in_turn(layers, lambda layer: layer.student)):
-            x, weight, _, grad = operands[layer][i]
-            if backward and layer.input_gradient:
-                self._add(layer, _input_gradient(grad, weight, own))
+        step = MetaStep(config, batch_size)
+        with _Recorder() as recorder:
+            losses = step.forward()
             if backward:
-                self._add(layer, _weight_gradient(grad, x, own))
+                losses.total.backward()
+        self.flops = sum(matmul.flops for matmul in recorder.matmuls)
+        own = not plain and self.device.type == "cpu" and ONEDNN and ops.compiled()
+        operands: dict[tuple[int, torch.Size], Tensor] = {}
 
-    def _operands(self, layer: Linear) -> list[tuple[Tensor, ...]]:
-        """Input, weight, bias and the output's gradient, once for every layer of the model."""
-        shapes = (
-            (layer.rows, layer.inputs),
-            (layer.outputs, layer.inputs),
-            (layer.outputs,),
-            (layer.rows, layer.outputs),
-        )
-        return [
-            tuple(torch.randn(shape, device=self.device) for shape in shapes)
-            for _ in range(max(layer.student, layer.teacher))
+        def operand(described: tuple[int, torch.Size]) -> Tensor:
+            if described not in operands:
+                operands[described] = torch.randn(described[1], device=self.device)
+            return operands[described]
+
+        self._calls = [
+            _call(matmul.kind, operand(matmul.a), operand(matmul.b), own)
+            for matmul in recorder.matmuls
         ]
-
-    def _add(self, layer: Linear, call: Callable[[], object]) -> None:
-        self.flops += layer.flops
-        self._calls.append(call)
 
     def __call__(self) -> float:
         """Multiply everything once and return the seconds. Results are kept until the end, as a step's."""
@@ -123,47 +157,35 @@ class Products:
         return seconds_of(lambda: results.extend(call() for call in self._calls), self.device)
 
 
-def _in_turn(layers: list[Linear], count: Callable[[Linear], int]) -> list[tuple[Linear, int]]:
-    """The layers of the first block, of the second block, and so on."""
-    deepest = max(map(count, layers))
-    return [(layer, i) for i in range(deepest) for layer in layers if i < count(layer)]
-
-
-def _forward(operands: tuple[Tensor, ...], own: bool) -> Callable[[], object]:
-    x, weight, bias, _ = operands
-    if own:
-        return lambda: product(x, weight, bias)
-    return lambda: torch.addmm(bias, x, weight.t())
-
-
-def _input_gradient(grad: Tensor, weight: Tensor, own: bool) -> Callable[[], object]:
-    return (lambda: product(grad, weight.t())) if own else (lambda: grad @ weight)
-
-
-def _weight_gradient(grad: Tensor, x: Tensor, own: bool) -> Callable[[], object]:
-    return (lambda: linear_gradients(grad, x)) if own else (lambda: grad.t() @ x)
+def _call(kind: str, a: Tensor, b: Tensor, own: bool) -> Callable[[], object]:
+    if kind == "forward":
+        bias = a.new_zeros(len(b))
+        return lambda: multiply(a, b, bias) if own else torch.addmm(bias, a, b.t())
+    if kind == "input gradient":
+        return lambda: multiply(a, b.t(), None) if own else a @ b
+    return lambda: linear_gradients(a, b) if own else a.t() @ b
 
 
 class StepLimit:
-    """The limit of a step, to be measured in turn with the step itself. Arguments as for `Products`."""
+    """The limit of a step, to be measured in turn with the step itself. Arguments as for `Matmuls`."""
 
     def __init__(
-        self, config: RunConfig, device: torch.device | str = "cpu", plain: bool = False
+        self, config: ResolvedConfig, device: torch.device | str = "cpu", plain: bool = False
     ) -> None:
         self._cost = step_cost(config, config.training.batch_size)
-        self._products = Products(config, config.training.batch_size, device, plain=plain)
+        self._matmuls = Matmuls(config, config.training.batch_size, device, plain=plain)
 
     def __call__(self) -> Limit:
         """Measure it once."""
-        seconds = self._products()
-        rate = self._products.flops / seconds
-        memory = _memory_rate(self._products.device, self._cost.parameters)
+        seconds = self._matmuls()
+        rate = self._matmuls.flops / seconds
+        memory = _memory_rate(self._matmuls.device, self._cost.parameters)
         seconds += self._cost.attention / rate + self._cost.update_bytes / memory
         return Limit(rate, memory, seconds)
 
 
 def measure_limit(
-    config: RunConfig, device: torch.device | str = "cpu", repetitions: int = 9
+    config: ResolvedConfig, device: torch.device | str = "cpu", repetitions: int = 9
 ) -> Limit:
     """Measure the limit of a step several times, and return the median.
 
@@ -179,9 +201,12 @@ def measure_limit(
 
 
 def measure_pass_limit(
-    config: RunConfig, batch_size: int, device: torch.device | str = "cpu", repetitions: int = 9
+    config: ResolvedConfig,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    repetitions: int = 9,
 ) -> PassLimit:
-    """Measure the limit of one sampling pass of whole images: its products, and attention.
+    """Measure the limit of one sampling pass of whole images: its matmuls, and attention.
 
     Args:
         config: a resolved tree.
@@ -189,44 +214,52 @@ def measure_pass_limit(
         device: where to measure.
         repetitions: how often, after a warm-up; the median counts.
     """
-    plain = override(config, {"alignment.target": "none", "alignment.teacher_groups": False})
-    whole = {"views.timesteps": "single", "views.attention": "full", "views.mask_ratios": (1.0,)}
-    config = override(plain, {**whole, "views.whole_image_fraction": 0.0})
-    products = Products(config, batch_size, device, backward=False)
-    products()
-    seconds = statistics.median(products() for _ in range(repetitions))
+    whole = {
+        "terms.alignment.target": "none",
+        "objective.terms": (),
+        "views.timesteps": "single",
+        "views.attention": "full",
+        "views.mask_ratios": (1.0,),
+        "views.whole_image_fraction": 0.0,
+    }
+    config = resolve(override(config, whole))
+    matmuls = Matmuls(config, batch_size, device, backward=False)
+    matmuls()
+    seconds = statistics.median(matmuls() for _ in range(repetitions))
     flops = step_cost(config, batch_size).student_forward
-    return PassLimit(flops, flops * seconds / products.flops)
+    return PassLimit(flops, flops * seconds / matmuls.flops)
 
 
 def measure_rates(
-    config: RunConfig, limit: Limit, device: torch.device | str = "cpu", repetitions: int = 9
+    config: ResolvedConfig, limit: Limit, device: torch.device | str = "cpu", repetitions: int = 9
 ) -> Rates:
     """Measure what each kind of a step's work runs at alone, at the config's own shapes.
 
     Args:
         config: a resolved tree; its batch size is used.
-        limit: from `measure_limit`, for the products and the memory.
+        limit: from `measure_limit`, for the matmuls and the memory.
         device: where to measure.
         repetitions: of each measurement; the median counts.
     """
     device = torch.device(device)
     batch, tokens = config.training.batch_size, config.model.num_tokens
-    width, depth = config.model.dimensions.hidden_size, config.model.dimensions.depth
-    sizes = group_sizes(config.views.mask_ratios, tokens)
+    student = MetaStep(config, 1).student
+    width, depth = student.hidden_size, len(student.blocks)
+    heads: int = student.get_submodule("blocks.0.attn").heads  # type: ignore[assignment]
     whole = whole_images(config.views.whole_image_fraction, batch)
     separate = config.views.attention == "separated"
-    groups = TokenGroups(None, sizes, whole=whole, separate=separate)
-    everything = TokenGroups(None, (tokens,))
-    attention = depth * _attention_seconds(config, groups, True, device, repetitions)
-    if config.alignment.target != "none":
-        seen = groups if config.alignment.teacher_groups else everything
-        blocks = config.alignment.teacher_block or 0
-        attention += blocks * _attention_seconds(config, seen, False, device, repetitions)
+    groups = TokenGroups(None, config.group_sizes, whole=whole, separate=separate)
+    teacher = config.used_targets().get("ema")
+    shape = (batch, tokens, width)
+    attention = depth * _attention_seconds(shape, heads, groups, True, device, repetitions)
+    if isinstance(teacher, EMATarget):
+        seen = groups if teacher.groups else one_group(tokens)
+        blocks = student.block_of(teacher.tap(config))
+        attention += blocks * _attention_seconds(shape, heads, seen, False, device, repetitions)
     passes = BLOCK_PASSES_FORWARD + BLOCK_PASSES_BACKWARD
-    chain = _elementwise_seconds(config, groups, device, repetitions)
+    chain = _elementwise_seconds(shape, config.group_sizes, device, repetitions)
     return Rates(
-        products=limit.gemm_flops_per_second,
+        matmuls=limit.gemm_flops_per_second,
         attention=step_cost(config, batch).attention / attention,
         elementwise=FLOAT_BYTES * passes * batch * tokens * width / chain,
         memory=limit.memory_bytes_per_second,
@@ -234,22 +267,26 @@ def measure_rates(
 
 
 def _attention_seconds(
-    config: RunConfig, groups: TokenGroups, backward: bool, device: torch.device, repetitions: int
+    shape: tuple[int, int, int],
+    heads: int,
+    groups: TokenGroups,
+    backward: bool,
+    device: torch.device,
+    repetitions: int,
 ) -> float:
-    """One block's attention, from q, k and v to the input of the projection."""
-    width = config.model.dimensions.hidden_size
-    module = Attention(width, config.model.dimensions.heads).to(device)
-    shape = (config.training.batch_size, config.model.num_tokens)
+    """One block's attention on tokens (B, N, D), from q, k and v to the input of the projection."""
+    batch, tokens, width = shape
+    parts = groups.attention_parts(batch)
     operands = _several(
         lambda: (
-            torch.randn(*shape, 3 * width, device=device, requires_grad=backward),
-            torch.randn(*shape, width, device=device),
+            torch.randn(batch, tokens, 3 * width, device=device, requires_grad=backward),
+            torch.randn(shape, device=device),
         )
     )
 
     def attend() -> None:
         qkv, gradient = next(operands)
-        out = module.attend(qkv, groups)
+        out = ops.attention(qkv, heads, parts)
         if backward:
             torch.autograd.grad(out, qkv, gradient)
 
@@ -257,29 +294,32 @@ def _attention_seconds(
 
 
 def _elementwise_seconds(
-    config: RunConfig, groups: TokenGroups, device: torch.device, repetitions: int
+    shape: tuple[int, int, int], sizes: tuple[int, ...], device: torch.device, repetitions: int
 ) -> float:
-    """One block's norms, modulations, gates and GELU, forward and backward."""
-    width = config.model.dimensions.hidden_size
-    shape = (config.training.batch_size, config.model.num_tokens, width)
+    """One block's norms, modulations, gates and GELU on tokens (B, N, D), forward and backward."""
+    batch, tokens, width = shape
 
     def leaf(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, requires_grad=True)
 
-    shift, scale, gate = (leaf(shape[0], len(groups.sizes), width) for _ in range(3))
-    tokens = _several(lambda: (leaf(*shape), leaf(*shape), torch.randn(shape, device=device)))
-    hidden = _several(lambda: (leaf(*shape[:2], 4 * width), leaf(*shape[:2], 4 * width)))
+    shift, scale, gate = (leaf(batch, len(sizes), width) for _ in range(3))
+    features = _several(lambda: (leaf(*shape), leaf(*shape), torch.randn(shape, device=device)))
+    hidden = _several(
+        lambda: (
+            leaf(batch, tokens, 4 * width),
+            torch.randn(batch, tokens, 4 * width, device=device),
+        )
+    )
 
     def half() -> None:
-        x, update, gradient = next(tokens)
-        stream = ResidualStream(x, groups)
-        stream.add(gate, update)
-        outputs = (stream.norm(shift, scale), stream.x)
+        x, update, gradient = next(features)
+        total = ops.gated_residual(x, gate, update, sizes)
+        outputs = (ops.modulated_norm(total, shift, scale, sizes), total)
         torch.autograd.grad(outputs, (x, shift, scale, gate, update), (gradient, gradient))
 
     def activation() -> None:
         x, gradient = next(hidden)
-        torch.autograd.grad(gelu_(x), x, gradient.detach())
+        torch.autograd.grad(ops.gelu(x), x, gradient)
 
     return 2 * _median_seconds(half, device, repetitions) + _median_seconds(
         activation, device, repetitions

@@ -14,8 +14,9 @@ import torch
 from accelerate import Accelerator
 
 from selfalign.benchmark.limit import seconds_of, synchronize
-from selfalign.config import RunConfig
-from selfalign.models.sit import SiT
+from selfalign.config import ResolvedConfig
+from selfalign.network import Backbone
+from selfalign.student import build_student
 from selfalign.training.ema import EMA
 from selfalign.training.loop import make_accelerator
 from selfalign.training.step import TrainingStep, make_optimizer
@@ -37,9 +38,9 @@ class StepTiming:
         return statistics.median(self.seconds)
 
 
-def make_model(config: RunConfig) -> SiT:
+def make_model(config: ResolvedConfig) -> Backbone:
     """A model whose zero-initialised layers are not zero, so that no work is trivial."""
-    model = SiT.from_config(config)
+    model = build_student(config)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if not parameter.any():
@@ -54,19 +55,18 @@ class StepBenchmark:
         config: a resolved tree; its batch size is used.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: ResolvedConfig) -> None:
         self.config = config
         self.accelerator: Accelerator = make_accelerator(config.training, Path())
         device = self.accelerator.device
         student = make_model(config).to(device).train()
         generator = torch.Generator().manual_seed(0)
         self.ema = EMA(student, config.training.ema_decay)
-        optimizer = make_optimizer(config.training, student)
+        optimizer = make_optimizer(config, student)
         self.take_step = TrainingStep(config, self.accelerator, student, self.ema, optimizer)
         model, batch = config.model, config.training.batch_size
-        assert model.channels is not None and model.image_size is not None
         x0 = torch.randn(batch, model.channels, *model.image_size, generator=generator)
-        labels = torch.randint(max(1, model.num_classes or 0), (batch,), generator=generator)
+        labels = torch.randint(max(1, model.num_classes), (batch,), generator=generator)
         self.batch = (x0.to(device), labels.to(device))
         self._step = 0
 
@@ -100,7 +100,7 @@ class StepBenchmark:
             _replaced(teacher, "features", timed("teacher", teacher.features)),
         ):
             clock = [time.perf_counter()]
-            losses = take_step.forward(step, *self.batch)
+            losses = take_step.forward(step, step, *self.batch)
             synchronize(device)
             clock.append(time.perf_counter())
             self.accelerator.backward(losses.total)
@@ -127,7 +127,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         delattr(owner, name)  # the class's own method shows again
 
 
-def time_step(config: RunConfig, repetitions: int = 9, warmup: int = 3) -> StepTiming:
+def time_step(config: ResolvedConfig, repetitions: int = 9, warmup: int = 3) -> StepTiming:
     """Time a training step, whole and by part."""
     benchmark = StepBenchmark(config)
     for _ in range(warmup):

@@ -7,10 +7,10 @@ import torch
 
 from selfalign.benchmark.limit import measure_pass_limit, seconds_of, synchronize
 from selfalign.benchmark.measure import make_model
-from selfalign.config import RunConfig
-from selfalign.sampling.generate import SamplingConfig, generate
-from selfalign.sampling.guidance import Guidance
-from selfalign.sampling.solvers import ode_times, sde_times
+from selfalign.config import ResolvedConfig
+from selfalign.errors import UserError
+from selfalign.sampling.generate import generate
+from selfalign.sampling.settings import SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -31,26 +31,27 @@ class SamplingTiming:
 
     @property
     def gemm_flops_per_second(self) -> float:
-        """Rate of the passes' products, each timed alone."""
+        """Rate of the passes' matmuls, each timed alone."""
         return self.flops / self.limit_seconds
 
 
 def count_passes(sampling: SamplingConfig) -> tuple[int, int]:
-    """How many evaluations of the model are unguided and guided."""
-    guidance = Guidance(sampling.guidance_scale, sampling.guidance_interval)
-    times = sde_times(sampling.steps) if sampling.solver == "sde" else ode_times(sampling.steps)
-    unguided = guided = 0
-    for step, t in enumerate(times[:-1]):
-        evaluations = 2 if sampling.solver == "heun" and step < sampling.steps - 1 else 1
-        if guidance.applies(t):
-            guided += evaluations
-        else:
-            unguided += evaluations
-    return unguided, guided
+    """How many evaluations of the model are unguided and guided.
+
+    Raises:
+        UserError: the solver takes as many as the model's velocity needs.
+    """
+    evaluations = sampling.make_solver().evaluations(sampling.steps)
+    if evaluations is None:
+        raise UserError(
+            f"solver is {sampling.solver!r}: its steps depend on the model; allowed are others"
+        )
+    guided = sum(count for t, count in evaluations if sampling.guidance.applies(t))
+    return sum(count for _, count in evaluations) - guided, guided
 
 
 def time_sampling(
-    config: RunConfig,
+    config: ResolvedConfig,
     sampling: SamplingConfig,
     batch_size: int,
     device: torch.device | str = "cpu",
@@ -79,7 +80,7 @@ def time_sampling(
 
 
 def measure_sampling_limit(
-    config: RunConfig,
+    config: ResolvedConfig,
     sampling: SamplingConfig,
     batch_size: int,
     device: torch.device | str = "cpu",

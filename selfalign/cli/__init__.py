@@ -1,62 +1,134 @@
-"""The command line: parses, calls, prints. The only part that speaks to a person or exits."""
+"""The command line: parses, calls, prints. The only part that speaks to a person or exits.
 
+Commands and what they need are imported when they are called for, so that help and refusals come at once.
+"""
+
+import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import torch
-
-from selfalign.cli.bench import bench_command
-from selfalign.cli.console import console
-from selfalign.cli.evaluate import evaluate_command
-from selfalign.cli.prepare import prepare_command
-from selfalign.cli.sample import sample_command
-from selfalign.cli.study import study_command
-from selfalign.cli.train import recipes_command, train_command
+from selfalign.cli.interruption import GO_ON, interruptible, show_any_text
 from selfalign.errors import AgreedError, UserError
-from selfalign.processes import leave
 
-COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "train": (train_command, "train a recipe, or go on with a run"),
-    "sample": (sample_command, "sample from a run"),
-    "evaluate": (evaluate_command, "measure a run or a set of samples"),
-    "prepare": (prepare_command, "encode a data set once, into files that training reads fast"),
-    "study": (study_command, "run a grid of variants and seeds, and report on it"),
-    "bench": (bench_command, "measure or estimate what a step or a sample costs"),
-    "recipes": (recipes_command, "list the recipes and what sets them apart"),
+COMMANDS = {
+    "train": "train a recipe, or go on with a run",
+    "sample": "sample from a run",
+    "evaluate": "measure a run or a set of samples",
+    "prepare": "encode a data set once, into files that training reads fast",
+    "study": "run a grid of variants and seeds, and report on it",
+    "bench": "measure or estimate what a step or a sample costs",
+    "recipes": "list the recipes and what sets them apart",
+    "completion": "print what a shell needs to complete commands and options",
 }
+"""Each is a module NAME of this package with a function NAME_command(arguments) -> exit code."""
+OPS = ("auto", "torch", "cpu")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 2 for what a person got wrong, 128+n for signal n."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if "WORLD_SIZE" in os.environ and not torch.accelerator.is_available():
-        # Without this, accelerate takes each of torchrun's processes on CPUs for the only one.
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    show_any_text()
     try:
-        if not arguments or arguments[0] in ("-h", "--help"):
-            console.print("usage: selfalign COMMAND …\n")
-            for name, (_, summary) in COMMANDS.items():
-                console.print(f"  {name:10} {summary}")
-            console.print("\nwhat a command takes: selfalign COMMAND --help")
-            return 0
-        if arguments[0] not in COMMANDS:
-            raise UserError(f"command is {arguments[0]!r}: allowed are {', '.join(COMMANDS)}")
-        code = COMMANDS[arguments[0]][0](arguments[1:])
-        leave()
-        return code
+        return _run(words)
     except UserError as error:
-        if isinstance(error, AgreedError):
-            leave()
-            if os.environ.get("RANK", "0") != "0":
-                return 2  # the first process says it
-        line = " ".join(str(error).split())
-        print(f"selfalign: error: {line}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("selfalign: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        agreed, line = isinstance(error, AgreedError), " ".join(str(error).split())
+    except KeyboardInterrupt as interruption:
+        how = GO_ON.get(words[0] if words else "", "")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"selfalign: interrupted{how and ': '}{how}", file=sys.stderr)
+        return 128 + getattr(interruption, "number", signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    if agreed:
+        _end_process_group()
+        if os.environ.get("RANK", "0") != "0":
+            return 2  # the first process says it
+    print(f"selfalign: error: {line}", file=sys.stderr)
+    return 2
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if words[0] == "--version":
+        from selfalign import __version__
+
+        print(f"selfalign {__version__}")
+        return 0
+    name, *rest = words
+    if name not in COMMANDS:
+        raise UserError(f"command is {name!r}: allowed are {', '.join(COMMANDS)}")
+    _choose_ops(rest)
+    _load_plugins(rest, keep=name == "train")
+    command = getattr(importlib.import_module(f"selfalign.cli.{name}"), f"{name}_command")
+    with interruptible():
+        code = command(rest)
+    _end_process_group()
+    return int(code)
+
+
+def _usage() -> str:
+    listed = "\n".join(f"  {name:10} {summary}" for name, summary in COMMANDS.items())
+    return (
+        f"usage: selfalign COMMAND …\n\n{listed}\n\n"
+        "what a command takes: selfalign COMMAND --help\n"
+        "every command also takes\n"
+        "  --ops auto|torch|cpu   operations by compiled kernels where there are some (auto), by torch, or\n"
+        "                         by the CPU's kernels or not at all (also: SELFALIGN_OPS)\n"
+        "  --plugins FILE.py …    files that register parts of their own; they are run\n"
+        "selfalign --version      print the version"
+    )
+
+
+def _choose_ops(words: list[str]) -> None:
+    """Take `--ops NAME` out of a command's words, for this process and those that it starts."""
+    for index, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option == "--ops":
+            value = value if equals else next(iter(words[index + 1 :]), "")
+            if value not in OPS:
+                raise UserError(f"--ops is {value!r}: allowed are {', '.join(OPS)}")
+            del words[index : index + (1 if equals else 2)]
+            os.environ["SELFALIGN_OPS"] = value
+            if "selfalign.ops" in sys.modules:  # it has read the variable already
+                from selfalign import ops
+
+                ops.use(value, "--ops")
+            return
+
+
+def _load_plugins(words: list[str], keep: bool) -> None:
+    """Run the files after `--plugins`, so that their parts are choices of other options.
+
+    Args:
+        words: of the command; the option and its files are taken out unless they are kept.
+        keep: for commands that have such an option themselves.
+    """
+    if "--plugins" not in words:
+        return
+    from selfalign.parts import load_plugin
+
+    first = words.index("--plugins")
+    files = []
+    for word in words[first + 1 :]:
+        if word.startswith("-") or not word.endswith(".py"):
+            break
+        files.append(word)
+    if not files:
+        raise UserError("--plugins names no file: needed are one or more names that end in .py")
+    for file in files:
+        load_plugin(file)
+    if not keep:
+        del words[first : first + 1 + len(files)]
+
+
+def _end_process_group() -> None:
+    """End the group of processes, if this is one of several."""
+    if "torch" in sys.modules:
+        from selfalign.processes import end_process_group
+
+        end_process_group()

@@ -7,19 +7,17 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
-from accelerate import Accelerator
 from rich.table import Table
 
-from selfalign import kernels
-from selfalign.benchmark.cost import Rates, step_cost
-from selfalign.benchmark.limit import measure_limit
-from selfalign.benchmark.measure import peak_memory_mb, time_step
-from selfalign.benchmark.sampling import time_sampling
 from selfalign.cli.console import console, parse
-from selfalign.config import RunConfig, resolve
+from selfalign.cli.tree import options_of, restore
+from selfalign.config import ResolvedConfig, resolve
 from selfalign.errors import UserError
+from selfalign.processes import open_accelerator
 from selfalign.recipes import recipe
-from selfalign.sampling.generate import SamplingConfig
+from selfalign.sampling.settings import SamplingConfig
+
+PAPERS_SAMPLING = SamplingConfig("sde", 250, 1.8, (0.0, 0.7))
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class SampleArguments(BenchArguments):
     """Measure sampling."""
 
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=lambda: SamplingConfig("sde", 250, 1.8, (0.0, 0.7))
+        default_factory=lambda: options_of(PAPERS_SAMPLING)
     )
 
 
@@ -78,9 +76,9 @@ class EstimateArguments(BenchArguments):
     devices: int = 1
     """Devices that share the batch."""
     device_tflops: float = 0.2
-    """Rate of the model's products on one device, in 10^12 operations per second."""
+    """Rate of the model's matmuls on one device, in 10^12 operations per second."""
     attention_tflops: float | None = None
-    """Rate of its attention, in 10^12 operations per second; left out: that of the products."""
+    """Rate of its attention, in 10^12 operations per second; left out: that of the matmuls."""
     device_bandwidth: float = 25.0
     """Rate of one device's memory, in 10^9 bytes per second."""
     efficiency: float = 0.9
@@ -105,7 +103,7 @@ def bench_command(arguments: Sequence[str]) -> int:
     return kinds[arguments[0]](arguments[1:])
 
 
-def _config(arguments: BenchArguments, batch_size: int, compiled: bool = False) -> RunConfig:
+def _config(arguments: BenchArguments, batch_size: int, compiled: bool = False) -> ResolvedConfig:
     if min(arguments.batch_size, arguments.repetitions) < 1:
         raise UserError("--batch-size and --repetitions: allowed are numbers from 1")
     channels, height, width = arguments.data.shape
@@ -128,6 +126,7 @@ def _what(arguments: BenchArguments) -> dict[str, object]:
 
 
 def _step(words: Sequence[str]) -> int:
+    """Heavy imports come after the options have been read, here and below."""
     parsed = parse(
         StepArguments,
         words,
@@ -135,15 +134,21 @@ def _step(words: Sequence[str]) -> int:
         "Measure a training step, by part, beside the limit of this machine. Example: selfalign bench "
         "step --recipe sra-dts-as --model.size S/2 --data.shape 4 32 32 --batch-size 8",
     )
+
+    from selfalign import ops
+    from selfalign.benchmark.cost import step_cost
+    from selfalign.benchmark.limit import measure_limit
+    from selfalign.benchmark.measure import time_step
+
     config = _config(parsed, parsed.batch_size, parsed.compile)
     timing = time_step(config, parsed.repetitions)
-    limit = measure_limit(config, Accelerator().device)
+    limit = measure_limit(config, open_accelerator().device)
     cost = step_cost(config, parsed.batch_size)
     _show(
         parsed.json,
         {
             **_what(parsed),
-            "cpu_kernels": kernels.available(),
+            "cpu_kernels": ops.compiled(),
             "parameters": cost.parameters,
             "seconds_per_step": timing.median,
             "seconds_per_step_range": [min(timing.seconds), max(timing.seconds)],
@@ -167,16 +172,20 @@ def _sample(words: Sequence[str]) -> int:
         "Measure sampling. Example: selfalign bench sample --model.size S/2 --data.shape 4 32 32 "
         "--batch-size 4 --solver sde --steps 250 --guidance-scale 1.8 --guidance-interval 0 0.7",
     )
-    config = _config(parsed, parsed.batch_size)
-    device = Accelerator().device
-    timing = time_sampling(config, parsed.sampling, parsed.batch_size, device, parsed.repetitions)
+    from selfalign import ops
+    from selfalign.benchmark.measure import peak_memory_mb
+    from selfalign.benchmark.sampling import time_sampling
+
+    config, sampling = _config(parsed, parsed.batch_size), restore(parsed.sampling, PAPERS_SAMPLING)
+    device = open_accelerator().device
+    timing = time_sampling(config, sampling, parsed.batch_size, device, parsed.repetitions)
     _show(
         parsed.json,
         {
             **_what(parsed),
-            "cpu_kernels": kernels.available(),
-            "solver": parsed.sampling.solver,
-            "steps": parsed.sampling.steps,
+            "cpu_kernels": ops.compiled(),
+            "solver": sampling.solver,
+            "steps": sampling.steps,
             "images_per_second": parsed.batch_size / timing.median,
             "seconds_per_batch": timing.median,
             "seconds_per_batch_range": [min(timing.seconds), max(timing.seconds)],
@@ -208,10 +217,12 @@ def _estimate(words: Sequence[str]) -> int:
     for name in ("devices", "device_tflops", "attention_tflops", "device_bandwidth", "efficiency"):
         if (value := getattr(parsed, name)) is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0")
+    from selfalign.benchmark.cost import Rates, step_cost
+
     config = _config(parsed, parsed.batch_size)
     cost = step_cost(config, parsed.batch_size // parsed.devices)
     rates = Rates(
-        products=parsed.device_tflops * 1e12,
+        matmuls=parsed.device_tflops * 1e12,
         attention=(parsed.attention_tflops or parsed.device_tflops) * 1e12,
         elementwise=parsed.device_bandwidth * 1e9,
         memory=parsed.device_bandwidth * 1e9,

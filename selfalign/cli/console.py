@@ -3,7 +3,10 @@
 import contextlib
 import dataclasses
 import io
+import os
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import tyro
@@ -20,8 +23,35 @@ from rich.progress import (
 
 from selfalign.errors import UserError
 
-console = Console(highlight=False, soft_wrap=True)
+
+class _Console(Console):
+    """Prints text as it is; a reader that has gone, or a full disk, ends the output and not the work."""
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        """See `Console.print`."""
+        try:
+            super().print(*objects, **settings)
+        except OSError:
+            self.quiet = True
+
+    def on_broken_pipe(self) -> None:
+        """See `Console.on_broken_pipe`, which exits."""
+        self.quiet = True
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# Names of files may look like markup.
+console = _Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class MovedData:
+    """Where the data is."""
+
+    root: str | None = None
+    """Folder of the data, if it has moved; left out: where it was. It must be the same data."""
 
 
 def parse(
@@ -40,10 +70,9 @@ def parse(
         description: stands above the options in the help, with an example.
         defaults: values of fields that differ from the class's own.
     """
-    names = [field.name for field in dataclasses.fields(arguments_class)]  # type: ignore[arg-type]
-    default: Any = tyro.MISSING_NONPROP
-    if defaults:
-        default = arguments_class(**{name: defaults.get(name, tyro.MISSING) for name in names})
+    fields = dataclasses.fields(arguments_class)  # type: ignore[arg-type]
+    given = {entry.name: defaults.get(entry.name, _own_default(entry)) for entry in fields}
+    default: Any = arguments_class(**given) if defaults else tyro.MISSING_NONPROP
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -58,6 +87,12 @@ def parse(
         if end.code in (0, None):
             raise
         raise UserError(f"{_one_line(said.getvalue())} (see {program} --help)") from None
+
+
+def _own_default(entry: "dataclasses.Field[Any]") -> Any:
+    if entry.default_factory is not dataclasses.MISSING:
+        return entry.default_factory()
+    return tyro.MISSING if entry.default is dataclasses.MISSING else entry.default
 
 
 def _one_line(message: str) -> str:
@@ -76,7 +111,7 @@ def _one_line(message: str) -> str:
 def make_bar(name: str, counts: ProgressColumn | None = None, disable: bool = False) -> Progress:
     """A bar with counts, the time it took and the time left."""
     return Progress(
-        TextColumn(name),
+        TextColumn(name, markup=False),
         BarColumn(),
         counts or MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -1,19 +1,26 @@
 """`selfalign evaluate`."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from accelerate import Accelerator
-from rich.table import Table
 
 from selfalign.cli.console import console, make_bar, parse
-from selfalign.evaluation.evaluate import EvaluationConfig, evaluate
-from selfalign.evaluation.report import Evaluation, aim
-from selfalign.processes import together
-from selfalign.sampling.generate import SamplingConfig
+from selfalign.cli.tree import options_of, restore
+from selfalign.evaluation.config import EvaluationConfig
+from selfalign.evaluation.protocols import PROTOCOLS
+from selfalign.sampling.settings import SamplingConfig
+
+if TYPE_CHECKING:
+    from selfalign.evaluation.report import Evaluation
+
+    ProtocolName = str
+else:
+    ProtocolName = Literal[tuple(PROTOCOLS)]
 
 
 @dataclass(frozen=True)
@@ -22,29 +29,53 @@ class EvaluateArguments:
 
     subject: Annotated[Path, tyro.conf.Positional]
     """Folder of a run, a .npz of samples, or a folder of images."""
-    config: Annotated[EvaluationConfig, tyro.conf.arg(name="")]
-    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")]
+    config: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = field(
+        default_factory=EvaluationConfig
+    )
+    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: options_of(SamplingConfig())
+    )
+    protocol: ProtocolName | None = None
+    """Evaluate as a paper did: sets reference, features, number and balance of labels, splits, solver,
+    steps and guidance; options that are given win over it."""
 
 
 def evaluate_command(arguments: Sequence[str]) -> int:
     """`selfalign evaluate`."""
-    accelerator = Accelerator()
-    with together(accelerator):
-        parsed = parse(
-            EvaluateArguments,
-            arguments,
-            "selfalign evaluate",
-            "Evaluate a run (sampled now, or continued where that stopped), a .npz of samples or a "
-            "folder of images: writes evaluation.json and evaluation.png. "
-            "Examples: selfalign evaluate runs/digits --num 1000; selfalign evaluate samples.npz "
-            "--reference VIRTUAL_imagenet256_labeled.npz --features inception",
-        )
+    parsed = _parse(arguments)
+    protocol = [] if parsed.protocol is None else PROTOCOLS[parsed.protocol].options()
+    if protocol:  # in front, so that options that are given win
+        parsed = _parse([*protocol, *arguments])
+    return _evaluate(parsed, protocol)
+
+
+def _parse(arguments: Sequence[str]) -> EvaluateArguments:
+    parsed = parse(
+        EvaluateArguments,
+        arguments,
+        "selfalign evaluate",
+        "Evaluate a run (sampled now, or continued where that stopped), a .npz of samples or a "
+        "folder of images: writes evaluation.json and evaluation.png. "
+        "Examples: selfalign evaluate runs/digits --num 1000; selfalign evaluate samples.npz "
+        "--reference VIRTUAL_imagenet256_labeled.npz --features inception; selfalign evaluate "
+        "runs/imagenet --protocol repa",
+    )
+    return replace(parsed, sampling=restore(parsed.sampling, SamplingConfig()))
+
+
+def _evaluate(parsed: EvaluateArguments, protocol: Sequence[str]) -> int:
+    from selfalign.evaluation.evaluate import evaluate
+    from selfalign.processes import open_accelerator, together
+
+    accelerator = open_accelerator()
+    if protocol and accelerator.is_main_process:
+        console.print(f"protocol {parsed.protocol}: {' '.join(protocol)}")
     bar = make_bar("{task.description}", disable=not accelerator.is_main_process)
     tasks: dict[str, Any] = {}
 
     def show(what: str, done: int, total: int) -> None:
         if what not in tasks:
-            tasks[what] = bar.add_task(what)
+            tasks[what] = bar.add_task(_plain(what))
         bar.update(tasks[what], completed=done, total=total)
 
     with bar, together(accelerator):
@@ -56,13 +87,15 @@ def evaluate_command(arguments: Sequence[str]) -> int:
 
 def _print_evaluation(evaluation: Evaluation) -> None:
     """The metrics, what they are of held-out images, and where the report is."""
+    from rich.table import Table
+
     settings = evaluation.settings
     table = Table("metric", "samples", "held-out images", "aim", box=None)
     for name, estimate in evaluation.metrics.items():
         baseline = evaluation.baseline.get(name)
         fresh = f"{baseline.value:.4g} ± {baseline.standard_error:.2g}" if baseline else "–"
         value = f"{estimate.value:.4g} ± {estimate.standard_error:.2g}"
-        table.add_row(name, value, fresh, aim(name))
+        table.add_row(name, value, fresh, evaluation.aim(name).best)
     for weights, loss in evaluation.denoising.items():
         value = f"{loss.overall:.4f} ± {loss.standard_error:.2g}"
         table.add_row(f"held-out denoising loss, {weights}", value, "–", "lower")
@@ -74,8 +107,19 @@ def _print_evaluation(evaluation: Evaluation) -> None:
             f"{features['heldout_accuracy']:.2%} of the held-out images"
         )
     for note in evaluation.notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {_plain(note)}")
+    reference = _plain(settings["reference"]["name"])
+    folder = _plain(str(evaluation.folder))
     console.print(
-        f"{settings['samples']['count']} samples against {settings['reference']['name']}: "
-        f"{evaluation.folder / 'evaluation.json'}, {evaluation.folder / 'evaluation.png'}"
+        f"{settings['samples']['count']} samples against {reference}: {folder}/evaluation.json, "
+        f"{folder}/evaluation.png"
     )
+
+
+def _plain(text: str) -> str:
+    """Text from outside, such as a file's name, as the console can show it."""
+    from rich.markup import escape
+
+    from selfalign.names import printable
+
+    return escape(printable(text))

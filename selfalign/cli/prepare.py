@@ -9,8 +9,9 @@ import tyro
 from rich.progress import DownloadColumn
 
 from selfalign.cli.console import console, make_bar, parse
-from selfalign.data.latents import PrepareConfig, prepare, verify
+from selfalign.data.latents.settings import PrepareConfig
 from selfalign.errors import UserError
+from selfalign.sections import DataConfig
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ def prepare_command(arguments: Sequence[str]) -> int:
     """`selfalign prepare`."""
     if "--verify" in arguments:
         return _verify(arguments)
+    from selfalign.data.datasets import open_data
+    from selfalign.data.latents.prepare import prepare
+
     parsed = parse(
         PrepareArguments,
         arguments,
@@ -54,26 +58,35 @@ def prepare_command(arguments: Sequence[str]) -> int:
             bar.update(task, completed=done)
 
         manifest = prepare(parsed.source, parsed.out, parsed.settings, show)
-    images = sum(shard.records for shard in manifest.shards)
-    size = images * manifest.layout.record_bytes
+    size = manifest.records * manifest.layout.record_bytes
     classes = len(manifest.layout.class_names)
-    console.print(
-        f"{images:,} images, {classes or 'no'} classes, as {manifest.layout.kind} in "
+    say(
+        f"{manifest.records:,} images, {classes or 'no'} classes, as {manifest.layout.kind} in "
         f"{len(manifest.shards)} files of together {size / 1e9:,.2f} GB: {parsed.out}"
     )
+    prepared = open_data(DataConfig(name="latents", root=str(parsed.out)))
+    for line in prepared.summary.lines():
+        say(line)
     if manifest.skipped:
         listed = ", ".join(manifest.skipped[:10]) + (", …" if len(manifest.skipped) > 10 else "")
-        console.print(
+        say(
             f"left out as unreadable: {len(manifest.skipped):,} ({listed}); all are listed in "
             f"{parsed.out / 'manifest.json'}"
         )
-    console.print(
+    say(
         f"train on it: selfalign train RECIPE --out DIR --data.name latents --data.root {parsed.out}"
     )
     return 0
 
 
+def say(line: str) -> None:
+    """Print a line as it is: names may look like the console's markup."""
+    console.print(line, markup=False)
+
+
 def _verify(arguments: Sequence[str]) -> int:
+    from selfalign.data.latents.verify import verify
+
     parsed = parse(
         VerifyArguments,
         arguments,
@@ -89,5 +102,5 @@ def _verify(arguments: Sequence[str]) -> int:
     if problems:
         found = "; ".join(f"{file} {problem}" for file, problem in problems.items())
         raise UserError(f"{parsed.verify}: {found}")
-    console.print(f"{parsed.verify}: every checksum is right")
+    say(f"{parsed.verify}: every checksum is right")
     return 0

@@ -1,21 +1,16 @@
 """`selfalign sample`."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import numpy as np
-import torch
 import tyro
-from accelerate import Accelerator
 
-from selfalign.cli.console import console, make_bar, parse
+from selfalign.cli.console import MovedData, console, make_bar, parse
+from selfalign.cli.tree import options_of, restore
 from selfalign.errors import UserError
-from selfalign.run import class_names, load_run, sampling_record
-from selfalign.sampling.generate import SamplingConfig, check_sampling, generate, to_uint8
-from selfalign.sampling.pictures import MAX_COLUMNS, draw_grids
+from selfalign.sampling.settings import SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -27,15 +22,21 @@ class SampleArguments:
     """Folder of the run."""
     out: Path
     """Folder for the samples."""
-    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")]
+    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: options_of(SamplingConfig())
+    )
     num: int = 100
     """How many samples."""
-    labels: tuple[int, ...] | None = None
-    """Classes, repeated in order over the samples; left out: drawn at random."""
+    labels: Literal["random", "balanced"] | tuple[int, ...] = "random"
+    """Classes: drawn at random, balanced (sample i has class i modulo their number), or given ones,
+    repeated in order over the samples."""
     batch_size: int = 100
     """Samples at once; has no effect on the samples."""
     weights: Literal["ema", "raw"] = "ema"
     """Which weights to sample from."""
+    step: int | None = None
+    """Step of the checkpoint; left out: the last one."""
+    data: MovedData = field(default_factory=MovedData)
 
 
 def sample_command(arguments: Sequence[str]) -> int:
@@ -51,9 +52,23 @@ def sample_command(arguments: Sequence[str]) -> int:
     for name, value in (("num", parsed.num), ("batch-size", parsed.batch_size)):
         if value < 1:
             raise UserError(f"--{name} is {value}: allowed is a number from 1")
-    device = Accelerator().device
-    run = load_run(parsed.run, parsed.weights, device)
-    sampling, labels = parsed.sampling, parsed.labels
+    return _sample(parsed, restore(parsed.sampling, SamplingConfig()))
+
+
+def _sample(parsed: SampleArguments, sampling: SamplingConfig) -> int:
+    """Imports what takes time once the options have been read."""
+    import numpy as np
+
+    from selfalign.disk import write_arrays
+    from selfalign.processes import open_accelerator
+    from selfalign.records import write_json
+    from selfalign.runs.load import load_run, sampling_record
+    from selfalign.sampling.generate import check_sampling, generate, to_uint8
+    from selfalign.sampling.pictures import draw_samples
+
+    labels = parsed.labels
+    device = open_accelerator().device
+    run = load_run(parsed.run, parsed.weights, device, step=parsed.step, data_root=parsed.data.root)
     check_sampling(run.model, sampling, run.config.views.class_dropout, labels)
     images, chosen = [], []
     bar = make_bar("sampling")
@@ -75,14 +90,11 @@ def sample_command(arguments: Sequence[str]) -> int:
     arr_0 = np.concatenate([part.permute(0, 2, 3, 1).numpy() for part in images])
     arr_1 = np.concatenate([part.numpy() for part in chosen])
     record = sampling_record(run, sampling, weights=parsed.weights, num=parsed.num, labels=labels)
-    names = class_names(parsed.run) if run.model.num_classes else ()
+    names = run.class_names if run.model.num_classes else ()
     try:
-        parsed.out.mkdir(parents=True, exist_ok=True)
-        partial = parsed.out / ".samples.partial.npz"
-        np.savez(partial, arr_0=arr_0, arr_1=arr_1)
-        partial.replace(parsed.out / "samples.npz")
-        (parsed.out / "sampling.json").write_text(json.dumps(record, indent=2) + "\n")
-        _draw_samples(parsed.out / "grid.png", arr_0, arr_1, names)
+        write_arrays(parsed.out / "samples.npz", {"arr_0": arr_0, "arr_1": arr_1})
+        write_json(parsed.out / "sampling.json", record)
+        draw_samples(parsed.out / "grid.png", arr_0, arr_1, names)
     except OSError as error:
         raise UserError(f"--out is {str(parsed.out)!r}: cannot be written ({error})") from error
     console.print(
@@ -90,20 +102,3 @@ def sample_command(arguments: Sequence[str]) -> int:
         f"{parsed.out / 'samples.npz'}, {parsed.out / 'grid.png'}"
     )
     return 0
-
-
-def _draw_samples(path: Path, images: Any, labels: Any, names: Sequence[str]) -> None:
-    """A grid of up to 100 samples: a class per column if every class that occurs fits, else as numbered."""
-    tensors = torch.from_numpy(images).permute(0, 3, 1, 2)
-    classes = sorted(set(labels.tolist())) if names else []
-    if 1 < len(classes) <= MAX_COLUMNS:
-        by_class = [np.flatnonzero(labels == k)[:MAX_COLUMNS] for k in classes]
-        rows = min(map(len, by_class))
-        order = [int(column[row]) for row in range(rows) for column in by_class]
-        draw_grids(
-            path, {"": tensors[order]}, [names[k] for k in classes], f"{len(images)} samples"
-        )
-    else:
-        columns = min(MAX_COLUMNS, len(images))
-        count = min(len(images) // columns, MAX_COLUMNS) * columns
-        draw_grids(path, {"": tensors[:count]}, [""] * columns, f"{len(images)} samples")

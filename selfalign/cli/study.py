@@ -1,44 +1,41 @@
 """`selfalign study`."""
 
 import argparse
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
+from selfalign import parts
 from selfalign.cli.console import console, parse
-from selfalign.config import (
-    DataConfig,
-    FlowConfig,
-    RunConfig,
-    TrainingConfig,
-    override,
-)
-from selfalign.data import open_data
+from selfalign.cli.tree import options_of, restore
+from selfalign.config import RunConfig, override
 from selfalign.errors import UserError
-from selfalign.models.sizes import PATCH_SIZES
-from selfalign.study.grid import load_grid
-from selfalign.study.launch import LaunchConfig, Status, launch
-from selfalign.study.paper import PAPER
-from selfalign.study.plan import Measurement, Study, write_study
+from selfalign.parts import chosen
+from selfalign.sections import PATCH_SIZES, DataConfig, FlowConfig, TrainingConfig
+from selfalign.study.grid import Grid
+from selfalign.study.grid_file import load_grid
+from selfalign.study.paper import GRIDS
 from selfalign.study.profiles import PROFILES, Profile
-from selfalign.study.report import write_report
+from selfalign.study.settings import LaunchConfig, Measurement
+
+if TYPE_CHECKING:  # these import torch, which printing help does not need
+    from selfalign.study.launch import Status
 
 
 @dataclass(frozen=True)
 class StudyData:
     """The data set; with several train fractions, the whole grid is run on each."""
 
-    name: Literal["digits", "mnist", "fashion-mnist", "cifar10", "folder", "latents"] = "digits"
+    name: str = chosen("source", "digits")
     """Which data set, as for `selfalign train`."""
     root: str = DataConfig.root
     """Folder that holds the files."""
@@ -80,20 +77,33 @@ class StudyArguments:
     measurement: Measurement = field(default_factory=Measurement)
 
 
+@dataclass(frozen=True)
+class PowerArguments:
+    """What a study can find, before it runs."""
+
+    like: Path
+    """Folder of an earlier study with a report.json: its spread over seeds is taken for the new one's."""
+    seeds: int = 3
+    """How many seeds are planned."""
+    features: str | None = None
+    """Whose Fréchet distance is tested; left out: the one that the earlier study measured."""
+
+
 def study_command(arguments: Sequence[str]) -> int:
     """`selfalign study`."""
     usage = (
-        "usage: selfalign study paper|GRID.yaml|GRID.py --out DIR [--profile smoke|laptop|full]\n"
+        "usage: selfalign study paper|2x2|GRID.yaml|GRID.py --out DIR [--profile smoke|laptop|full]\n"
+        "       selfalign study power paper|2x2|GRID --like DIR [--seeds N]\n"
         "       selfalign study report DIR\n\n"
         "Runs every variant of a grid with several seeds, and writes DIR/report.html. Stopped, it goes "
-        "on with the same command.\n"
+        "on with the same command. power says beforehand what so many seeds can find.\n"
         "every setting: selfalign study paper --help\n"
         "example: selfalign study paper --data.name digits --profile laptop --out studies/digits\n\n"
         "profiles: "
     )
     if not arguments or arguments[0] in ("-h", "--help"):
         listed = "; ".join(f"{name}, {entry.summary}" for name, entry in PROFILES.items())
-        console.print(usage + listed)
+        console.print(usage + listed, markup=False)
         return 0
     if arguments[0].startswith("-"):
         raise UserError(
@@ -101,7 +111,18 @@ def study_command(arguments: Sequence[str]) -> int:
         )
     if arguments[0] == "report":
         return _report(arguments[1:])
-    grid = PAPER if arguments[0] == "paper" else load_grid(Path(arguments[0]))
+    if arguments[0] == "power":
+        return _power(arguments[1:])
+    return _run(arguments)
+
+
+def _grid(name: str) -> tuple[Grid, int | None]:
+    """A grid and how many seeds it should have, where it says."""
+    return GRIDS[name] if name in GRIDS else (load_grid(Path(name)), None)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    grid, seeds = _grid(arguments[0])
     profile = _profile(arguments)
     parsed = parse(
         StudyArguments,
@@ -109,34 +130,114 @@ def study_command(arguments: Sequence[str]) -> int:
         f"selfalign study {arguments[0]}",
         "Run a grid of variants and seeds, and report on it. Example: selfalign study paper "
         "--data.name digits --profile laptop --out studies/digits",
-        **_defaults(profile),
+        **_defaults(profile, seeds if profile != "smoke" else None),
     )
+    measurement = restore(parsed.measurement, PROFILES[profile].measurement)
     if parsed.seeds < 1:
         raise UserError(f"--seeds is {parsed.seeds}: allowed is a number from 1")
+    from selfalign.study.launch import launch, require_launcher
+    from selfalign.study.plan import Study, write_study
+    from selfalign.study.report import write_report
+    from selfalign.study.verdicts import register
+
     study = Study(
         grid=grid,
         settings=_settings(parsed, PROFILES[parsed.profile]),
         seeds=tuple(range(parsed.seeds)),
         train_fractions=parsed.data.train_fraction,
-        measurement=parsed.measurement,
+        measurement=measurement,
         profile=parsed.profile,
+        registration=register(
+            grid, _distance(parsed.measurement.features, parsed.data.name), parsed.seeds
+        ),
     )
     study.check()
-    write_study(parsed.out, study)
-    with _overview() as show, _terminated():
+    require_launcher(parsed.out, parsed.launch)
+    study = write_study(parsed.out, study)
+    if study.registration is not None:
+        for effect, size in study.registration.detectable.items():
+            console.print(
+                f"smallest detectable effect, {effect}: {size:.2f} times the spread of runs over seeds",
+                markup=False,
+            )
+    with _overview() as show:
         for status in launch(parsed.out, parsed.launch):
             show(status)
     report = write_report(parsed.out)
-    console.print(f"{status.done} of {status.total} runs done: {report}")
+    console.print(f"{status.done} of {status.total} runs done: {report}", markup=False)
     for name in status.failed:
-        console.print(f"failed: {name} (why: {parsed.out / 'runs' / name}.log)")
+        console.print(f"failed: {name} (why: {parsed.out / 'runs' / name}.log)", markup=False)
     return 1 if status.failed else 0
+
+
+def _distance(features: str | None, data_name: str) -> str:
+    """Name of the Fréchet distance that runs will be measured by."""
+    small = parts.get("source", data_name, "data.name").small
+    name = features or ("classifier" if small else "inception")
+    return "fid" if name == "inception" else f"fd_{name}"
+
+
+def _power(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError("the grid comes first: selfalign study power 2x2 --like DIR --seeds 10")
+    grid, seeds = _grid(arguments[0])
+    parsed = parse(
+        PowerArguments,
+        arguments[1:],
+        f"selfalign study power {arguments[0]}",
+        "What a study can find, before it runs. Example: selfalign study power 2x2 --like "
+        "docs/results/digits --seeds 10",
+        seeds=seeds or PowerArguments.seeds,
+        features=None,
+    )
+    if parsed.seeds < 2:
+        raise UserError(f"--seeds is {parsed.seeds}: allowed is a number from 2")
+    from selfalign.study.power import power, read_pilot
+    from selfalign.study.report.numbers import number, share
+    from selfalign.study.results import DISTANCES, METRICS
+    from selfalign.study.verdicts import register
+
+    pilot = read_pilot(parsed.like)
+    measured = next((name for name in DISTANCES if name in pilot.layouts), DISTANCES[0])
+    distance = _distance(parsed.features, "") if parsed.features else measured
+    registration = register(grid, distance, parsed.seeds)
+    if registration is None:
+        raise UserError(f"grid {grid.name} makes no claim that could be tested")
+    table = Table(box=None, pad_edge=False)
+    for heading in (
+        "effect",
+        "metric",
+        "smallest detectable",
+        "margin",
+        "chance to show that none",
+    ):
+        table.add_column(heading)
+    for row in power(grid, registration, pilot, parsed.seeds):
+        table.add_row(
+            Text(row.effect),
+            METRICS[row.metric].title,
+            f"{number(row.detectable, 2)} ({share(row.detectable, row.level)})",
+            "unknown"
+            if row.margin is None
+            else f"{number(row.margin, 2)} ({share(row.margin, row.level)})",
+            "–" if row.chance is None else f"{100 * row.chance:.0f} %",
+        )
+    console.print(table)
+    console.print(
+        f"{parsed.seeds} seeds of {len(grid.variants)} variants; found with a chance of 80 % at a level of "
+        f"5 % over {len(registration.effects) * len(registration.metrics)} tests, if runs spread as in "
+        f"{parsed.like}",
+        markup=False,
+    )
+    return 0
 
 
 def _report(arguments: Sequence[str]) -> int:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise UserError("selfalign study report takes the folder of a study")
-    console.print(str(write_report(Path(arguments[0]))))
+    from selfalign.study.report import write_report
+
+    console.print(str(write_report(Path(arguments[0]))), markup=False)
     return 0
 
 
@@ -151,25 +252,27 @@ def _profile(arguments: Sequence[str]) -> str:
     return found if found in PROFILES else "laptop"
 
 
-def _defaults(name: str) -> dict[str, Any]:
+def _defaults(name: str, seeds: int | None) -> dict[str, Any]:
     profile = PROFILES[name]
     base = override(RunConfig(), profile.settings)
     return {
         "profile": name,
-        "seeds": profile.seeds,
+        "seeds": seeds or profile.seeds,
         "launch": LaunchConfig(),
-        "data": StudyData(
-            base.data.name,
-            base.data.root,
-            base.data.image_size,
-            (1.0,),
-            base.data.flip,
-            base.data.workers,
+        "data": options_of(
+            StudyData(
+                base.data.name,
+                base.data.root,
+                base.data.image_size,
+                (1.0,),
+                base.data.flip,
+                base.data.workers,
+            )
         ),
         "model": StudyModel(profile.settings.get("model.size"), base.model.qk_norm),
         "flow": base.flow,
-        "training": base.training,
-        "measurement": profile.measurement,
+        "training": options_of(base.training),
+        "measurement": options_of(profile.measurement),
     }
 
 
@@ -187,6 +290,8 @@ def _settings(parsed: StudyArguments, profile: Profile) -> Mapping[str, Any]:
 
 def _smallest_patch(settings: Mapping[str, Any], profile: Profile) -> str:
     names = {name: value for name, value in settings.items() if name.startswith("data.")}
+    from selfalign.data.datasets import open_data
+
     height, width = open_data(override(RunConfig(), names).data).image_size
     for patch in PATCH_SIZES:
         fits = height % patch == width % patch == 0
@@ -203,7 +308,7 @@ def _overview() -> Iterator[Any]:
     """A live table on a terminal, a line now and then elsewhere."""
     begun, printed = time.perf_counter(), 0.0
 
-    def left(status: Status) -> str:
+    def left(status: "Status") -> str:
         rest = status.total - status.done - len(status.failed)
         rest_of_running = sum(step / steps for step, steps in status.running.values())
         if status.finished < 0.05:
@@ -211,25 +316,25 @@ def _overview() -> Iterator[Any]:
         seconds = (time.perf_counter() - begun) / status.finished * max(0.0, rest - rest_of_running)
         return f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
-    def summary(status: Status) -> str:
+    def summary(status: "Status") -> str:
         waiting = status.total - status.done - len(status.failed) - len(status.running)
         return (
             f"{status.done} of {status.total} runs done, {len(status.running)} running, "
             f"{waiting} waiting, {len(status.failed)} failed, {left(status)} left"
         )
 
-    def table(status: Status) -> Table:
+    def table(status: "Status") -> Table:
         grid = Table(box=None, show_header=False)
         grid.add_row(summary(status), ProgressBar(status.total, status.done, width=24))
         for name, (step, steps) in status.running.items():
-            grid.add_row(f"  {name}", ProgressBar(steps, step, width=24), f"{step}/{steps}")
+            grid.add_row(Text(f"  {name}"), ProgressBar(steps, step, width=24), f"{step}/{steps}")
         for name in status.failed:
-            grid.add_row(f"  {name}", "failed")
+            grid.add_row(Text(f"  {name}"), "failed")
         return grid
 
     with Live(console=console, transient=True) as live:
 
-        def show(status: Status) -> None:
+        def show(status: "Status") -> None:
             nonlocal printed
             if console.is_terminal:
                 live.update(table(status))
@@ -238,17 +343,3 @@ def _overview() -> Iterator[Any]:
                 printed = time.perf_counter()
 
         yield show
-
-
-@contextmanager
-def _terminated() -> Iterator[None]:
-    """Take SIGTERM for what Ctrl-C is, so that it stops the runs as well."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -1,4 +1,4 @@
-"""`selfalign train` and `selfalign recipes`."""
+"""`selfalign train`."""
 
 import contextlib
 import os
@@ -21,13 +21,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from selfalign.cli.console import console, parse
-from selfalign.config import RunConfig
-from selfalign.errors import UserError
+from selfalign.cli.console import MovedData, console, parse
+from selfalign.cli.tree import build_tree, options_of
+from selfalign.config import OLDER_NAMES, RunConfig
 from selfalign.recipes import RECIPES, recipe
-from selfalign.run import read_config, resume_run, start_run
-from selfalign.training.loop import TrainingState
-from selfalign.training.tracking import read_metrics
 
 
 @dataclass(frozen=True)
@@ -48,19 +45,30 @@ class ResumedTraining:
 
 
 @dataclass(frozen=True)
+class ResumedData(MovedData):
+    """Where the data is, and what became of it."""
+
+    accept_changes: bool = False
+    """Go on without the images that are gone; the rest keeps its order."""
+
+
+@dataclass(frozen=True)
 class ResumeArguments:
-    """Go on with a run from its last checkpoint."""
+    """Go on with a run from a checkpoint."""
 
     resume: Path
     """Folder of the run."""
     training: ResumedTraining
+    data: ResumedData
+    step: int | None = None
+    """Step of the checkpoint to go on from; what came after it is dropped. Left out: the last one."""
 
 
 def train_command(arguments: Sequence[str]) -> int:
     """`selfalign train`."""
     usage = (
         "usage: selfalign train RECIPE --out DIR [--SECTION.FIELD VALUE …]\n"
-        "       selfalign train --resume DIR [--training.steps N]\n\n"
+        "       selfalign train --resume DIR [--training.steps N] [--data.root DIR] [--step N]\n\n"
         f"recipes: {', '.join(RECIPES)}\n"
         "every setting of a recipe: selfalign train RECIPE --help\n"
         "example: selfalign train sra-dts-as --out runs/digits --data.name digits "
@@ -73,14 +81,17 @@ def train_command(arguments: Sequence[str]) -> int:
         base = recipe(arguments[0])
         parsed = parse(
             TrainArguments,
-            arguments[1:],
+            [_current_name(word) for word in arguments[1:]],
             f"selfalign train {arguments[0]}",
             f"{arguments[0]}: {RECIPES[arguments[0]].summary}. Example: selfalign train "
             f"{arguments[0]} --out runs/digits --data.name digits --model.size tiny",
-            config=base,
+            config=options_of(base),
         )
+        config = build_tree(parsed.config, base)
+        from selfalign.runs.start import start_run
+
         with _progress() as progress:
-            state = start_run(parsed.config, parsed.out, progress)
+            state = start_run(config, parsed.out, progress, found=_found)
     else:
         resumed = parse(
             ResumeArguments,
@@ -89,24 +100,39 @@ def train_command(arguments: Sequence[str]) -> int:
             "Go on with a run from its last checkpoint. "
             "Example: selfalign train --resume runs/digits --training.steps 2000",
         )
+        from selfalign.runs.start import resume_run
+
         with _progress() as progress:
-            state = resume_run(resumed.resume, resumed.training.steps, progress)
+            going_on = resume_run(
+                resumed.resume,
+                resumed.training.steps,
+                progress,
+                found=_found,
+                step=resumed.step,
+                data_root=resumed.data.root,
+                accept_changes=resumed.data.accept_changes,
+            )
+        if going_on is None:
+            if os.environ.get("RANK", "0") == "0":
+                console.print(
+                    f"{resumed.resume} is finished: all its steps are done; --training.steps takes a "
+                    "larger number"
+                )
+            return 0
+        state = going_on
     return _report(state)
 
 
-def recipes_command(arguments: Sequence[str]) -> int:
-    """`selfalign recipes`."""
-    if arguments and arguments[0] not in ("-h", "--help"):
-        raise UserError(f"selfalign recipes takes no arguments, got {arguments[0]!r}")
-    table = Table("recipe", "what sets it apart", "settings that differ from sit", box=None)
-    for name, entry in RECIPES.items():
-        settings = ", ".join(f"{key} {value}" for key, value in entry.settings.items())
-        table.add_row(name, entry.summary, settings or "–")
-    console.print(table)
-    console.print(
-        "train one: selfalign train RECIPE --out DIR; settings: selfalign train RECIPE --help"
-    )
-    return 0
+def _current_name(word: str) -> str:
+    """An option of version 0.1.0 by its present name."""
+    option, equals, value = word.partition("=")
+    section, _, field = option.removeprefix("--").replace("-", "_").partition(".")
+    negated = "no_" * field.startswith("no_")
+    name = OLDER_NAMES.get(f"{section}.{field.removeprefix('no_')}")
+    if name is None:
+        return word
+    parent, _, field = name.rpartition(".")
+    return f"--{parent}.{negated}{field}{equals}{value}"
 
 
 class _TwoLines(Progress):
@@ -120,8 +146,14 @@ class _TwoLines(Progress):
         yield Text(self.below)
 
 
+def _found(source: Any) -> None:
+    """Say what was found where a `DataSource` was opened."""
+    for line in source.summary.lines():
+        console.print(line, markup=False, highlight=False)
+
+
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[TrainingState, dict[str, float]], None]]:
+def _progress() -> Iterator[Callable[[Any, dict[str, float]], None]]:
     """A live bar on a terminal, a line now and then elsewhere; the main process only."""
     bar = _TwoLines(
         TextColumn("step"),
@@ -136,15 +168,17 @@ def _progress() -> Iterator[Callable[[TrainingState, dict[str, float]], None]]:
     task: Any = None
     begun, first_step, printed = time.perf_counter(), 0, 0.0
 
-    def show(state: TrainingState, values: dict[str, float]) -> None:
+    def show(state: Any, values: dict[str, float]) -> None:
         nonlocal task, first_step, printed
         if not state.accelerator.is_main_process:
             return
         total = state.config.training.steps
-        losses = f"loss {values['loss']:.4f} (denoising {values['denoising_loss']:.4f}"
-        if state.config.alignment.target != "none":
-            losses += f", alignment {values['alignment_loss']:.4f}"
-        losses += f") {values['samples_per_second']:.0f} samples/s"
+        terms = ", ".join(
+            f"{name.removesuffix('_loss')} {value:.4f}"
+            for name, value in values.items()
+            if name.endswith("_loss")
+        )
+        losses = f"loss {values['loss']:.4f} ({terms}) {values['samples_per_second']:.0f} samples/s"
         now = time.perf_counter()
         if not bar.disable:
             if task is None:
@@ -162,8 +196,15 @@ def _progress() -> Iterator[Callable[[TrainingState, dict[str, float]], None]]:
         yield show
 
 
-def _report(state: TrainingState) -> int:
-    """Say what a run left behind, and how to go on with one that was stopped."""
+def _report(state: Any) -> int:
+    """Say what a run left behind, and how to go on with one that was stopped.
+
+    Args:
+        state: a `TrainingState`, whose module is imported only once a run has begun.
+    """
+    from selfalign.runs.folder import read_record
+    from selfalign.training.tracking import read_metrics
+
     if not state.accelerator.is_main_process:
         return 0
     folder = state.folder
@@ -173,7 +214,7 @@ def _report(state: TrainingState) -> int:
             f"Go on with: selfalign train --resume {folder}"
         )
         return 128 + (state.stopped_by or 0)
-    config, _ = read_config(folder)
+    config = read_record(folder).config
     metrics = read_metrics(folder)
     last = next((line for line in reversed(metrics) if "loss" in line), None)
     heldout = next((line for line in reversed(metrics) if "heldout_ema" in line), None)

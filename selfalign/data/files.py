@@ -3,23 +3,29 @@
 They are looked for below `data.root`; what is missing is downloaded there by torchvision.
 """
 
+import contextlib
 import gzip
 import io
 import math
 import pickle
+import pickletools
 import shutil
+import tempfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor
 
 from selfalign.errors import UserError
+from selfalign.names import printable
 
+MAX_BYTES = 2**30
+"""Of an unpacked file of MNIST's kind, whose largest has 47 million."""
+MAX_BATCH_BYTES = 2**26
+"""Of an unpacked batch of CIFAR-10, which has 31 million."""
 Splits = tuple[Tensor, Tensor, Tensor, Tensor]
 """Images and labels of the training split, then of the held-out split."""
 
@@ -32,14 +38,7 @@ def read_mnist(root: Path, name: str) -> Splits:
         for kind in ("images-idx3", "labels-idx1")
     ]
     dataset = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}[name]
-    folders = (root, root / name, root / dataset / "raw")
-    paths = _locate(
-        name,
-        root,
-        names,
-        folders,
-        lambda: getattr(torchvision.datasets, dataset)(root, download=True),
-    )
+    paths = _locate(name, root, names, dataset, ("", name, f"{dataset}/raw"))
     images, labels, heldout_images, heldout_labels = (
         _read_idx(path, dimensions=3 if "images" in path.name else 1) for path in paths
     )
@@ -61,10 +60,7 @@ def read_mnist(root: Path, name: str) -> Splits:
 def read_cifar10(root: Path) -> Splits:
     """CIFAR-10 from its six Python batches, as uint8 (M, 3, 32, 32)."""
     names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-    folders = (root, root / "cifar10", root / "cifar-10-batches-py")
-    paths = _locate(
-        "cifar10", root, names, folders, lambda: torchvision.datasets.CIFAR10(root, download=True)
-    )
+    paths = _locate("cifar10", root, names, "CIFAR10", ("", "cifar10", "cifar-10-batches-py"))
     batches = [_read_cifar_batch(path) for path in paths]
     images = torch.cat([batch[0] for batch in batches[:5]])
     labels = torch.cat([batch[1] for batch in batches[:5]])
@@ -78,31 +74,44 @@ def _check_labels(path: Path, labels: Tensor) -> None:
 
 
 def _locate(
-    name: str,
-    root: Path,
-    names: list[str],
-    folders: tuple[Path, ...],
-    download: Callable[[], object],
+    name: str, root: Path, names: list[str], dataset: str, folders: tuple[str, ...]
 ) -> list[Path]:
-    found = _find(names, folders)
+    """The files in one of the folders below `root`, downloaded into it if they are in none."""
+    places = [root / folder for folder in folders]
+    found = _find(names, places)
     if found is None:
-        root_is_new = not root.exists()
-        try:
-            download()
-        except Exception as error:
-            if root_is_new:  # the attempt made it, and nothing in it is whole
-                shutil.rmtree(root, ignore_errors=True)
-            raise UserError(
-                f"data set {name} is not in data.root {str(root)!r} (looked for {names[0]}, with or "
-                f"without .gz) and could not be downloaded ({type(error).__name__})"
-            ) from error
-        found = _find(names, folders)
+        _download(name, root, names[0], dataset)
+        found = _find(names, places)
     if found is None:
         raise UserError(f"data set {name}: the download into {str(root)!r} lacks {names[0]}")
     return found
 
 
-def _find(names: list[str], folders: tuple[Path, ...]) -> list[Path] | None:
+def _download(name: str, root: Path, example: str, dataset: str) -> None:
+    """Let torchvision download a set beside its place, and move it there when it is whole."""
+    import torchvision
+
+    root_is_new = not root.exists()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as partial:
+            getattr(torchvision.datasets, dataset)(partial, download=True)
+            for entry in Path(partial).iterdir():
+                if (root / entry.name).is_dir():
+                    shutil.rmtree(root / entry.name)  # not all of it, or it would have been found
+                entry.replace(root / entry.name)
+    except Exception as error:  # downloads fail in many ways
+        if root_is_new:
+            with contextlib.suppress(OSError):
+                root.rmdir()
+        reason = (isinstance(error, OSError) and error.strerror) or type(error).__name__
+        raise UserError(
+            f"data set {name} is not in data.root {str(root)!r} (looked for {example}, with or "
+            f"without .gz) and could not be downloaded ({reason})"
+        ) from error
+
+
+def _find(names: list[str], folders: list[Path]) -> list[Path] | None:
     for folder in folders:
         paths = []
         for name in names:
@@ -113,25 +122,29 @@ def _find(names: list[str], folders: tuple[Path, ...]) -> list[Path] | None:
     return None
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: Path, limit: int) -> bytes:
+    """The unpacked content of a file, and no more of it than the limit and one byte."""
     try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if path.suffix == ".gz" else content
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            return file.read(limit + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _read_idx(path: Path, dimensions: int) -> Tensor:
-    content = _read_bytes(path)
     header = 4 + 4 * dimensions
-    if len(content) < header or content[:4] != bytes([0, 0, 8, dimensions]):
+    start = _read_bytes(path, header)[:header]
+    if len(start) < header or start[:4] != bytes([0, 0, 8, dimensions]):
         raise UserError(f"{path} is not an IDX file of bytes with {dimensions} dimensions")
-    shape = np.frombuffer(content, dtype=">u4", count=dimensions, offset=4).tolist()
+    shape = np.frombuffer(start, dtype=">u4", offset=4).tolist()
     promised = math.prod(shape)  # in Python's integers, which do not overflow
+    if promised > MAX_BYTES:
+        raise UserError(f"{path} is damaged: its header promises {promised:,} bytes")
+    content = _read_bytes(path, header + promised)
     if len(content) - header != promised or not promised:
+        more = "more than that" if len(content) - header > promised else len(content) - header
         raise UserError(
-            f"{path} is damaged or empty: its header promises {promised} bytes, it holds "
-            f"{len(content) - header}"
+            f"{path} is damaged or empty: its header promises {promised} bytes, it holds {more}"
         )
     values = np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
     return torch.from_numpy(values.copy())
@@ -154,16 +167,36 @@ class _ArrayUnpickler(pickle.Unpickler):
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
+def _unpickle(content: bytes) -> Any:
+    """What a pickle of arrays and plain containers holds.
+
+    Raises:
+        Exception: it holds something else, or is damaged.
+    """
+    for opcode, argument, _ in pickletools.genops(content):
+        # The unpickler's memo grows to the largest number that it is told.
+        if "PUT" in opcode.name and isinstance(argument, int) and argument > len(content):
+            raise pickle.UnpicklingError(f"{opcode.name} {argument}")
+    return _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
+
+
 def _read_cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
-    content = io.BytesIO(_read_bytes(path))
+    content = _read_bytes(path, MAX_BATCH_BYTES)
     try:
-        batch = _ArrayUnpickler(content, encoding="bytes").load()
-        images = np.asarray(batch[b"data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
-        labels = np.asarray(batch[b"labels"], dtype=np.int64)
+        if len(content) > MAX_BATCH_BYTES:
+            raise ValueError(f"it holds more than {MAX_BATCH_BYTES:,} bytes")
+        batch = _unpickle(content)
+        images, classes = batch[b"data"], batch[b"labels"]
+        if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
+            raise ValueError("its data is no array of bytes")
+        if images.nbytes > len(content) or not all(type(label) is int for label in classes):
+            raise ValueError("its data is larger than the file, or its labels are no numbers")
+        images = images.reshape(-1, 3, 32, 32)
+        labels = np.asarray(classes, dtype=np.int64)
     except Exception as error:
-        raise UserError(f"{path} is not a CIFAR-10 batch: {error}") from error
+        raise UserError(f"{path} is not a CIFAR-10 batch: {printable(str(error))}") from error
     if len(images) != len(labels) or not len(images):
         raise UserError(f"{path} holds {len(images)} images and {len(labels)} labels")
-    classes = torch.from_numpy(labels)
-    _check_labels(path, classes)
-    return torch.from_numpy(images.copy()), classes
+    tensor = torch.from_numpy(labels)
+    _check_labels(path, tensor)
+    return torch.from_numpy(images.copy()), tensor

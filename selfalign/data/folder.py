@@ -1,105 +1,58 @@
 """A folder of images: class subfolders, or images alone for an unconditional model."""
 
-import hashlib
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
+import msgspec
 import torch
-from PIL import Image
+from jaxtyping import Int
 from torch import Tensor
 
+from selfalign.data.contents import ABSENT, Contents, Recorded
+from selfalign.data.images import UnreadableImageError, read_image
+from selfalign.data.listing import list_classes
+from selfalign.data.source import DataSource
+from selfalign.data.splits import split_by_hash
 from selfalign.errors import UserError
+from selfalign.names import printable
+from selfalign.sections import DataConfig
 
-IMAGE_SUFFIXES = frozenset(
-    suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
-)
 HELDOUT_SHARE = 0.1
-LONGEST_ASPECT = 16
-"""Longer strips are cut to this before they are resized: 1×50,000 pixels would become gigabytes."""
-
-
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter side to `size` and cut the middle square (as ADM prepares ImageNet)."""
-    if max(image.size) > LONGEST_ASPECT * min(image.size):
-        image = _cut_middle(image, *(min(s, LONGEST_ASPECT * min(image.size)) for s in image.size))
-    while min(image.size) >= 2 * size:
-        width, height = image.size
-        # Halves of odd sides are rounded down, as there; Image.reduce would round them up.
-        image = image.resize((width // 2, height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    return _cut_middle(image.resize((width, height), Image.Resampling.BICUBIC), size, size)
-
-
-def _cut_middle(image: Image.Image, width: int, height: int) -> Image.Image:
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits of grey, which PIL's own conversion cuts off at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    return image.convert("RGB")
-
-
-def decode_image(open_image: Callable[[], Image.Image], name: str, size: int) -> Tensor:
-    """An image, cropped and resized, as uint8 (3, size, size).
-
-    Of an animation it is the first frame. Transparency and the camera's orientation tag are ignored.
-
-    Args:
-        open_image: opens the image; whatever it raises counts as unreadable.
-        name: the image in error messages.
-        size: side of the square.
-
-    Raises:
-        UserError: this is not a readable image; the message names it.
-    """
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns of damaged tags and of large images, and raises for what it cannot read.
-            warnings.simplefilter("ignore")
-            with open_image() as image:
-                pixels = np.array(centre_crop(_as_rgb(image), size))
-    except Exception as error:  # the formats' readers raise nearly anything for damaged files
-        reason = str(error) or type(error).__name__
-        raise UserError(
-            f"{printable(name)} is not a readable image: {printable(reason)}"
-        ) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def read_image(path: Path, size: int) -> Tensor:
-    """An image file as uint8 (3, size, size).
-
-    Raises:
-        UserError: the file is not a readable image; the message names it.
-    """
-    return decode_image(lambda: Image.open(path), str(path), size)
-
-
-def encode_name(name: str) -> bytes:
-    """A file's name as bytes, whether or not it is valid UTF-8."""
-    return name.encode("utf-8", "surrogateescape")
-
-
-def printable(text: str) -> str:
-    """A file's name or a message as one line that any terminal can show."""
-    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+CHECK_SECONDS = 0.25
+"""How long images are tried when a folder is opened: all of a small one, and some of a large one."""
 
 
 @dataclass(frozen=True)
 class FolderSplit:
-    """Image files and their labels; decoded when read."""
+    """Image files and their labels; decoded when read.
+
+    Where an image is absent, or unreadable ones are to be left out, the next one stands in for it, so
+    that all others keep their places.
+    """
 
     reads_in_threads: ClassVar[bool] = False
     files: Sequence[tuple[Path, int]]
     image_size: int
     flip: bool = False
+    background: str = "white"
+    """Behind what is transparent."""
+    skip_unreadable: bool = False
+    absent: frozenset[int] = frozenset()
+    """Numbers of the images that are known to be gone or unreadable."""
+
+    @property
+    def labels(self) -> Int[Tensor, "M"]:
+        """See `Split.labels`."""
+        return torch.tensor([label for _, label in self.files])
+
+    def name(self, index: int) -> str:
+        """What a message calls an image: its file."""
+        return printable(str(self.files[index][0]))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -108,99 +61,130 @@ class FolderSplit:
         self, indices: Sequence[int], seeds: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
         """See `Split.read`."""
-        images = []
+        images, labels = [], []
         for position, index in enumerate(indices):
-            image = read_image(self.files[index][0], self.image_size)
+            image, label = self._read_or_next(index)
             if self.flip and seeds is not None and seeds[position] & 1:
                 image = image.flip(-1)
             images.append(image)
-        labels = torch.tensor([self.files[index][1] for index in indices])
-        return torch.stack(images).float() / 127.5 - 1, labels
+            labels.append(label)
+        return torch.stack(images).float() / 127.5 - 1, torch.tensor(labels)
+
+    def _read_or_next(self, index: int) -> tuple[Tensor, int]:
+        for candidate in (*range(index, len(self)), *range(index)):
+            if candidate in self.absent:
+                continue
+            path, label = self.files[candidate]
+            try:
+                return read_image(path, self.image_size, self.background), label
+            except UnreadableImageError as error:
+                if not self.skip_unreadable:
+                    raise
+                warnings.warn(f"{error}; another image stands in for it", stacklevel=2)
+        raise UserError(f"no image beside {printable(str(self.files[index][0]))} can be read")
 
 
-def image_files(root: Path) -> Iterator[Path]:
-    """Image files below a folder; hidden files and folders are none."""
-    for path in root.rglob("*"):
-        if _is_image(path) and not _hidden(path.relative_to(root)):
-            yield path
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def list_images(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
-    """Image files with their labels, in a fixed order, and class names by label.
-
-    Classes are the subfolders, with all that is below them; images without subfolders have no
-    class, and label 0.
-
-    Raises:
-        UserError: the folder is missing, a class is empty, or images lie beside class subfolders.
-    """
-    if not root.is_dir():
-        raise UserError(f"data.root is {str(root)!r}: there is no such folder")
-    class_folders = sorted(
-        path for path in root.iterdir() if path.is_dir() and not _hidden(path.relative_to(root))
-    )
-    found = [
-        (path, label)
-        for label, folder in enumerate(class_folders or [root])
-        for path in sorted(image_files(folder))
-    ]
-    loose = sorted(filter(_is_image, root.iterdir())) if class_folders else []
-    if loose:
-        raise UserError(
-            f"{printable(str(loose[0]))} lies beside class subfolders: images belong into one of "
-            "them, or all into one folder for an unconditional model"
-        )
-    empty = set(range(len(class_folders))) - {label for _, label in found}
-    if empty:
-        raise UserError(f"{printable(str(class_folders[min(empty)]))} holds no images")
-    return found, tuple(printable(folder.name) for folder in class_folders)
-
-
-def split_by_hash(names: Sequence[str], share: float) -> tuple[list[int], list[int]]:
-    """Positions of the training part and of the held-out part: the names of the smallest hashes.
-
-    A function of the names alone, so it never changes; at least one is held out.
-    """
-    by_hash = sorted(
-        range(len(names)), key=lambda index: hashlib.sha256(encode_name(names[index])).digest()
-    )
-    count = max(1, int(len(names) * share))
-    return by_hash[count:], by_hash[:count]
-
-
-def open_folder(
-    root: Path, image_size: int, flip: bool
-) -> tuple[FolderSplit, FolderSplit, tuple[str, ...], str]:
-    """Training split, held-out split, class names and fingerprint of a folder.
+def open_folder(config: DataConfig, recorded: Recorded | None = None) -> DataSource:
+    """Open the folder `config.root`.
 
     A tenth of the images is held out: those whose relative paths have the smallest hashes.
 
+    Args:
+        config: the data's settings.
+        recorded: of a run that goes on: images keep the places that they had when it began, gone ones
+            are passed by, and new ones are no part of it.
+
     Raises:
-        UserError: the folder is missing, or holds too few images to split.
+        UserError: the folder is missing, holds too few images to split, or one that cannot be read.
     """
-    found, names = list_images(root)
-    if len(found) < 2:
+    root = Path(config.root)
+    listing, labels, class_names = list_classes(root, config.skip_unreadable)
+    left_out = listing.passed_over
+    if len(labels) < 2:
         raise UserError(
-            f"data.root {str(root)!r} holds {len(found)} images: needed are at least 2, in one "
-            "subfolder per class, or without subfolders for an unconditional model"
+            f"data.root {str(root)!r} holds {len(labels)} images{_instead(left_out)}: needed are at "
+            "least 2, in one subfolder per class, or without subfolders for an unconditional model"
         )
-    relative = [path.relative_to(root).as_posix() for path, _ in found]
-    train, heldout = split_by_hash(relative, HELDOUT_SHARE)
-    digest = hashlib.sha256(f"{image_size}\n".encode())
-    for index in (*heldout, *train):
-        path, label = found[index]
-        digest.update(encode_name(f"{relative[index]}\0{label}\0{path.stat().st_size}\n"))
-    return (
-        FolderSplit([found[index] for index in train], image_size, flip),
-        FolderSplit([found[index] for index in heldout], image_size),
-        names,
-        digest.hexdigest()[:16],
+    files = listing.files
+    contents = Contents(
+        class_names,
+        tuple(file.name for file in files),
+        tuple(labels),
+        tuple(file.size for file in files),
     )
+    if recorded is not None and recorded.contents is not None:
+        contents = _in_recorded_places(contents, recorded.contents, left_out)
+    settings = f"{config.image_size}\n"
+    if config.background != "white":
+        settings += f"{config.background}\n"
+    train, heldout = split_by_hash(contents.names, HELDOUT_SHARE, contents.labels)
+    former = split_by_hash(contents.names, HELDOUT_SHARE)
+    fingerprint = contents.digest([*former[1], *former[0]], settings)
+    if (train, heldout) != former:
+        if recorded is not None and recorded.fingerprint == fingerprint:
+            train, heldout = former  # as version 0.1.0 split it
+        else:
+            fingerprint += "-c"  # no class without a training image
+    side = config.image_size
+    return DataSource(
+        _make_split(root, contents, train, config, config.flip, left_out),
+        _make_split(root, contents, heldout, config, False, left_out),
+        3,
+        (side, side),
+        contents.class_names,
+        fingerprint,
+        contents=contents,
+        left_out=left_out,
+    )
+
+
+def _make_split(
+    root: Path,
+    contents: Contents,
+    chosen: Sequence[int],
+    config: DataConfig,
+    flip: bool,
+    left_out: Counter[str],
+) -> FolderSplit:
+    """A split, some of whose images have been tried: unreadable ones are counted, or an error."""
+    files = [(root / contents.names[index], contents.labels[index]) for index in chosen]
+    absent = {place for place, index in enumerate(chosen) if contents.sizes[index] == ABSENT}
+    tried_until = time.monotonic() + CHECK_SECONDS
+    for place, (path, _) in enumerate(files):
+        if time.monotonic() > tried_until:
+            break
+        if place in absent:
+            continue
+        try:
+            read_image(path, config.image_size, config.background)
+        except UnreadableImageError:
+            if not config.skip_unreadable:
+                raise
+            absent.add(place)
+            left_out["unreadable"] += 1
+    return FolderSplit(
+        files,
+        config.image_size,
+        flip,
+        config.background,
+        config.skip_unreadable,
+        frozenset(absent),
+    )
+
+
+def _in_recorded_places(now: Contents, then: Contents, left_out: Counter[str]) -> Contents:
+    """The files of then, with their sizes of now."""
+    sizes = dict(zip(now.names, now.sizes, strict=True))
+    kept = tuple(sizes.get(name, ABSENT) for name in then.names)
+    gone = kept.count(ABSENT)
+    if new := len(now.names) - (len(kept) - gone):
+        left_out["new since the run began"] += new
+    if gone:
+        left_out["gone since the run began"] += gone
+    return msgspec.structs.replace(then, sizes=kept)
+
+
+def _instead(left_out: Counter[str]) -> str:
+    """What is there in place of images."""
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in left_out.most_common(3))
+    return f" (besides {kinds})" if kinds else ""

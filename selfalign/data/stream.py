@@ -1,6 +1,9 @@
 """The order of the data as a function of (seed, epoch), and each step's batch of the step."""
 
 import functools
+import signal
+import threading
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from selfalign.data.datasets import Split
+from selfalign.data.source import Split
 from selfalign.errors import UserError
 from selfalign.randomness import derive_seed, make_generator
 
@@ -31,9 +34,20 @@ class _Failure:
     message: str
 
 
+Read = tuple[Tensor, Tensor, list[str]] | _Failure
+"""A batch, and the warnings that reading it gave."""
+
+
 @dataclass(frozen=True)
-class _BatchOfMicroStep(Dataset[Batch | _Failure]):
-    """Item i is this process's batch of the i-th micro-step since the start of training."""
+class BatchOfMicroStep(Dataset[Read]):
+    """Item i is a process's batch of the i-th micro-step since the start of training.
+
+    Attributes:
+        split: the training split.
+        seed: the run's seed.
+        batch_size: images per process and micro-step.
+        rank, processes: which process this is, of how many.
+    """
 
     split: Split
     seed: int
@@ -41,34 +55,62 @@ class _BatchOfMicroStep(Dataset[Batch | _Failure]):
     rank: int
     processes: int
 
-    def __getitem__(self, micro_step: int) -> Batch | _Failure:
-        first = (micro_step * self.processes + self.rank) * self.batch_size
-        size = len(self.split)
-        positions = range(first, first + self.batch_size)
+    def indices(self, micro_step: int) -> list[int]:
+        """Which images the batch of a micro-step has."""
+        first, size = self._first(micro_step), len(self.split)
         indices: list[int] = []
         while len(indices) < self.batch_size:  # a batch may span epochs
             epoch, begin = divmod(first + len(indices), size)
             end = begin + self.batch_size - len(indices)
             indices += epoch_order(self.seed, epoch, size)[begin:end].tolist()
+        return indices
+
+    def __getitem__(self, micro_step: int) -> Read:
+        if get_worker_info() is None:
+            return self._read(micro_step)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            read = self._read(micro_step)
+        if isinstance(read, _Failure):
+            return read
+        images, labels, _ = read
         try:
-            return self.split.read(
-                indices, [derive_seed(self.seed, "augment", p) for p in positions]
+            # Here and not where the loader's own thread would do it, and nobody hear of its failing.
+            images.share_memory_()
+            labels.share_memory_()
+        except (OSError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            return _Failure(
+                f"a data worker found no shared memory for a batch of {images.nbytes / 1e6:,.1f} MB "
+                f"({reason}): make /dev/shm larger (docker run --shm-size 8g), or read without "
+                "processes of its own (--data.workers 0)"
             )
+        return images, labels, [str(warning.message) for warning in caught]
+
+    def _read(self, micro_step: int) -> Read:
+        first = self._first(micro_step)
+        positions = range(first, first + self.batch_size)
+        try:
+            seeds = [derive_seed(self.seed, "augment", p) for p in positions]
+            return *self.split.read(self.indices(micro_step), seeds), []
         except UserError as error:
             return _Failure(str(error))
 
+    def _first(self, micro_step: int) -> int:
+        return (micro_step * self.processes + self.rank) * self.batch_size
+
 
 @dataclass(frozen=True)
-class _Ahead(IterableDataset[Batch | _Failure]):
+class _Ahead(IterableDataset[Read]):
     """The batches of micro-steps in their order, read ahead by threads."""
 
-    batch_of: _BatchOfMicroStep
+    batch_of: BatchOfMicroStep
     micro_steps: Iterable[int]
     threads: int
 
-    def __iter__(self) -> Iterator[Batch | _Failure]:
+    def __iter__(self) -> Iterator[Read]:
         pool = ThreadPoolExecutor(self.threads, "data")
-        pending: deque[Future[Batch | _Failure]] = deque()
+        pending: deque[Future[Read]] = deque()
         try:
             for micro_step in self.micro_steps:
                 pending.append(pool.submit(self.batch_of.__getitem__, micro_step))
@@ -107,10 +149,10 @@ def training_batches(
         pin_memory: hand out page-locked memory, for faster copies to a GPU.
 
     Raises:
-        UserError: what reading the data raised, from whichever process.
+        UserError: what reading the data raised, from whichever process; or a worker died.
     """
     micro_steps = range(first, last)
-    batch_of = _BatchOfMicroStep(split, seed, batch_size, rank, processes)
+    batch_of = BatchOfMicroStep(split, seed, batch_size, rank, processes)
     in_threads = workers > 0 and split.reads_in_threads
     batches = DataLoader(
         _Ahead(batch_of, micro_steps, workers) if in_threads else batch_of,
@@ -118,10 +160,41 @@ def training_batches(
         batch_size=None,
         num_workers=0 if in_threads else workers,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_main,
         # Without one of its own, the loader would draw its workers' seeds from the global one.
         generator=torch.Generator(),
     )
-    for batch in batches:
-        if isinstance(batch, _Failure):
-            raise UserError(batch.message)
-        yield tuple(batch)
+    for read in _without_dead_workers(batches) if workers and not in_threads else batches:
+        if isinstance(read, _Failure):
+            raise UserError(read.message)
+        images, labels, said = read
+        for message in said:
+            warnings.warn(message, stacklevel=2)
+        yield images, labels
+
+
+def _leave_signals_to_main(worker: int) -> None:
+    """Stop signals reach all processes of a terminal or job; the first one decides what they mean."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _without_dead_workers(loader: DataLoader[Read]) -> Iterator[Read]:
+    """The loader's items; where a worker dies, an error here.
+
+    torch raises in the middle of whatever the main thread does when the signal of a child's death
+    arrives. Without that handler the loader finds out within seconds, when it is asked for a batch.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGCHLD) if in_main else None
+    try:
+        iterator = iter(loader)
+        if handler is not None:
+            signal.signal(signal.SIGCHLD, handler)
+        yield from iterator
+    except (MemoryError, OSError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"a data worker died ({reason}), perhaps for lack of memory: fewer --data.workers need "
+            "less, and 0 reads without processes of its own"
+        ) from error

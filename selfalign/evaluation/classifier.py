@@ -1,6 +1,7 @@
 """A small classifier, trained on a data set's training split in seconds: features where Inception's
 make no sense."""
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -12,8 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from selfalign.data import DataSource
-from selfalign.data.datasets import Split
+from selfalign.data.source import DataSource, Split
 from selfalign.disk import cache_folder, write_whole
 from selfalign.errors import UserError
 from selfalign.randomness import make_generator
@@ -109,7 +109,9 @@ def get_classifier(source: DataSource, name: str) -> TrainedClassifier:
         _train(classifier, source.train)
         accuracy = _accuracy(classifier, source.heldout)
         facts = {"heldout_accuracy": repr(accuracy)}
-        write_whole(file, lambda path: save_file(classifier.state_dict(), path, facts))
+        # Where the cache cannot be written, it is trained again next time.
+        with contextlib.suppress(UserError):
+            write_whole(file, lambda path: save_file(classifier.state_dict(), path, facts))
     return TrainedClassifier(classifier.eval().requires_grad_(False), accuracy)
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
-from selfalign.data import DataSource
+from selfalign.data.source import DataSource
 from selfalign.disk import cache_folder
 from selfalign.errors import UserError
 from selfalign.evaluation.classifier import get_classifier
@@ -61,6 +61,22 @@ class FeatureNetwork:
                 tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
             )
         return digest.hexdigest()[:16]
+
+    def sizes(self, shape: tuple[int, int, int], device: torch.device) -> dict[str, int]:
+        """How many features of each kind it gives of images of a shape: tried on a black one.
+
+        Raises:
+            UserError: it does not take such images.
+        """
+        module = self.module.to(device).eval()
+        try:
+            with torch.no_grad():
+                found = module(torch.zeros(1, *shape, dtype=torch.uint8, device=device))
+        except Exception as error:  # any module may stand here, and raise what it likes
+            raise UserError(
+                f"{self.name} takes no images of {shape} (channels, height, width): {error}"
+            ) from error
+        return {kind: features.shape[1] for kind, features in found.items()}
 
 
 def feature_network(name: str, source: DataSource | None, data_name: str) -> FeatureNetwork:

@@ -23,13 +23,19 @@ class Gaussian:
     covariance: Float[Tensor, "D D"]
 
     @functools.cached_property
+    def spectrum(self) -> tuple[Float[Tensor, "D"], Float[Tensor, "D D"]]:
+        """Eigenvalues of the covariance in ascending order, and its eigenvectors as columns."""
+        eigenvalues, vectors = torch.linalg.eigh(self.covariance)
+        return eigenvalues, vectors
+
+    @functools.cached_property
     def factor(self) -> Float[Tensor, "D R"]:
         """F with F·Fᵀ = covariance, of as many columns as the covariance has rank.
 
         Eigenvalues that are zero but for rounding are left out: their square roots, about 1e-8,
         would add up over thousands of directions.
         """
-        eigenvalues, vectors = torch.linalg.eigh(self.covariance)
+        eigenvalues, vectors = self.spectrum
         largest = eigenvalues[-1].clamp(min=0)
         keep = eigenvalues > largest * len(eigenvalues) * torch.finfo(torch.float64).eps
         return vectors[:, keep] * eigenvalues[keep].sqrt()

@@ -1,9 +1,12 @@
 """Samples of a run for evaluation: made in shards by all processes, and continued where they stopped."""
 
+import contextlib
 import hashlib
 import json
+import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +14,119 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from selfalign.disk import write_arrays, write_whole
-from selfalign.evaluation.inputs import Array, ImageSet, open_images, open_npz
+from selfalign.arrays import Array, Npz
+from selfalign.disk import locked, write_arrays, write_whole
+from selfalign.errors import UserError
+from selfalign.evaluation.config import EvaluationConfig, Progress
+from selfalign.evaluation.inputs import ImageSet, open_images
+from selfalign.evaluation.places import existing, require_writable
 from selfalign.processes import together
-from selfalign.run import LoadedRun
-from selfalign.sampling.generate import SamplingConfig, check_sampling, generate, to_uint8
+from selfalign.runs.load import LoadedRun, sampling_record
+from selfalign.sampling.generate import (
+    Labels,
+    check_sampling,
+    generate,
+    to_uint8,
+)
+from selfalign.sampling.settings import SamplingConfig
 
 SHARD = 256
 """Samples of a shard, the most that an interruption costs a process."""
+RUN_SAMPLES = 1000
+"""Samples of a run where --num is left out."""
+_FIELDS = 7
+"""Sampling settings of version 0.1.0: later ones count in a folder's name where they are not the default,
+so that samples which were made before there were any are found again."""
 
 
-def samples_folder(run: LoadedRun, weights_name: str, sampling: SamplingConfig) -> Path:
+@dataclass(frozen=True)
+class PlannedSamples:
+    """A run's samples, before they are made."""
+
+    run: LoadedRun
+    weights: str
+    """`ema` or `raw`."""
+    sampling: SamplingConfig
+    labels: Labels
+    num: int
+    shape: tuple[int, int, int]
+    """C, H and W of an image."""
+    folder: Path
+    """Where they are kept."""
+
+    @property
+    def label_range(self) -> tuple[int, int] | None:
+        """Smallest and largest label; None for a model without classes."""
+        classes = self.run.model.num_classes
+        if isinstance(self.labels, str):
+            return (0, classes - 1) if classes else None
+        return min(self.labels), max(self.labels)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting that the samples depend on, as sampling.json holds it."""
+        return sampling_record(self.run, self.sampling, weights=self.weights, labels=self.labels)
+
+
+def plan_samples(
+    run: LoadedRun, config: EvaluationConfig, sampling: SamplingConfig
+) -> PlannedSamples:
+    """What a run is to be sampled to, refused before any work where it cannot be.
+
+    Args:
+        run: the model.
+        config: how many samples, of which weights and labels, and where to.
+        sampling: solver, steps, guidance, seed.
+
+    Raises:
+        UserError: settings that the model does not allow, a folder that cannot be written into, a disk
+            that is too small, or kept samples that are damaged.
+    """
+    check_sampling(run.model, sampling, run.config.views.class_dropout, config.labels)
+    model = run.model
+    with torch.no_grad():
+        latent = torch.zeros(1, model.channels, *model.image_size, device=model.device)
+        channels, height, width = run.decode(latent).shape[1:]
+    folder = samples_folder(run, config.weights, sampling, config.labels)
+    num = config.num or RUN_SAMPLES
+    if _kept(folder / "samples.npz") < num:
+        try:
+            require_writable(folder)
+        except UserError:
+            if config.out is None:
+                raise
+            folder = config.out / folder.name
+            require_writable(folder)
+        size = channels * height * width + 8  # and a label
+        missing = num - _kept(folder / "samples.npz")
+        # Shards and what they are joined to lie side by side for a moment.
+        needed, free = size * (num + missing), shutil.disk_usage(existing(folder)).free
+        if missing > 0 and needed > free:
+            raise UserError(
+                f"{num:,} samples need {needed / 1e6:,.0f} MB in {folder}, where {free / 1e6:,.0f} MB "
+                "are free: allowed are a smaller --num, or --out on another disk"
+            )
+    return PlannedSamples(
+        run, config.weights, sampling, config.labels, num, (channels, height, width), folder
+    )
+
+
+def samples_folder(
+    run: LoadedRun, weights_name: str, sampling: SamplingConfig, labels: Labels = "random"
+) -> Path:
     """Where a run keeps the samples of these settings: its name is their hash, the weights included.
 
     How many samples there are is not part of it: sample i is a function of the settings and i.
     """
-    digest = hashlib.sha256(repr(sampling).encode())
+    usual = SamplingConfig().record()
+    settings = [
+        f"{name}={value!r}"
+        for number, (name, value) in enumerate(sampling.record().items())
+        if number < _FIELDS or value != usual.get(name)
+    ]
+    if labels != "random":
+        settings.append(f"labels={labels!r}")
+    digest = hashlib.sha256(f"SamplingConfig({', '.join(settings)})".encode())
     for name, tensor in sorted(run.model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -34,71 +134,87 @@ def samples_folder(run: LoadedRun, weights_name: str, sampling: SamplingConfig) 
     return run.folder / "evaluation" / name
 
 
-def generate_samples(
-    run: LoadedRun,
-    sampling: SamplingConfig,
-    num: int,
-    folder: Path,
-    settings: dict[str, Any],
-    accelerator: Accelerator,
-    batch_size: int,
-    progress: Callable[[str, int, int], None],
+def make_samples(
+    planned: PlannedSamples, batch_size: int, accelerator: Accelerator, progress: Progress
 ) -> ImageSet:
-    """The first `num` samples: those in the folder already, and the rest made now.
+    """The samples: those that are kept already, and the rest made now.
 
     `samples.npz` holds the finished ones, in ADM's format; shards beside it are joined to it once all
     are whole.
 
     Args:
-        run: the model.
-        sampling: solver, steps, guidance, seed.
-        num: how many samples.
-        folder: from `samples_folder`.
-        settings: written to sampling.json.
-        accelerator: its processes share the shards.
+        planned: from `plan_samples`.
         batch_size: samples at once in each process.
+        accelerator: its processes share the shards.
         progress: told what is done, and how much of how much.
 
     Raises:
-        UserError: settings the model does not allow, or a disk that is full.
+        UserError: another process makes the same samples, or the disk is full.
     """
-    check_sampling(run.model, sampling, run.config.views.class_dropout, labels=None)
+    folder, num = planned.folder, planned.num
     file, shards = folder / "samples.npz", folder / "shards"
-    done = len(open_images(file)) if file.is_file() else 0
+    done = _kept(file)
     accelerator.wait_for_everyone()  # all processes have seen the same file
     if done < num:
         parts = [range(i, min(i + SHARD, num)) for i in range(done, num, SHARD)]
         names = [shards / f"{part.start:08d}-{part.stop:08d}.npz" for part in parts]
-        todo = [(part, name) for part, name in zip(parts, names, strict=True) if not name.is_file()]
-        own = todo[accelerator.process_index :: accelerator.num_processes]
-        with together(accelerator):
-            for finished, (part, name) in enumerate(own):
-                progress("sampling", finished * SHARD, len(own) * SHARD)
-                _write_shard(run, sampling, part, name, batch_size)
-            progress("sampling", 1, 1)
-        with together(accelerator):
-            if accelerator.is_main_process:
-                whole = [file] if done else []
-                _join(whole + names, file)
-                write_whole(
-                    folder / "sampling.json",
-                    lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"),
-                )
-                for name in shards.glob("*"):
-                    name.unlink()
-                shards.rmdir()
+        with contextlib.ExitStack() as stack:
+            with together(accelerator):
+                if accelerator.is_main_process:
+                    stack.enter_context(
+                        locked(shards, "is in use: another process is making these samples")
+                    )
+                todo = [
+                    (part, name)
+                    for part, name in zip(parts, names, strict=True)
+                    if not _whole(name, len(part))
+                ]
+            own = todo[accelerator.process_index :: accelerator.num_processes]
+            with together(accelerator):
+                for finished, (part, name) in enumerate(own):
+                    progress("sampling", finished * SHARD, len(own) * SHARD)
+                    _write_shard(planned, part, name, batch_size)
+                progress("sampling", 1, 1)
+            with together(accelerator):
+                if accelerator.is_main_process:
+                    whole = [file] if done else []
+                    _join(whole + names, file)
+                    text = json.dumps(planned.settings, indent=2) + "\n"
+                    write_whole(folder / "sampling.json", lambda path: path.write_text(text))
+                    shutil.rmtree(shards)
     return open_images(file).first(num)
 
 
-def _write_shard(
-    run: LoadedRun, sampling: SamplingConfig, part: range, file: Path, batch_size: int
-) -> None:
+def _kept(file: Path) -> int:
+    """How many samples a file holds; 0 where there is none."""
+    if not file.is_file():
+        return 0
+    try:
+        return len(open_images(file))
+    except UserError as error:
+        raise UserError(
+            f"the samples that this run kept are damaged: {error}; they are made again once "
+            f"{file.parent} is removed"
+        ) from error
+
+
+def _whole(shard: Path, count: int) -> bool:
+    """Whether a shard is there; a damaged one is made again."""
+    try:
+        return shard.is_file() and len(open_images(shard)) == count
+    except UserError:
+        return False
+
+
+def _write_shard(planned: PlannedSamples, part: range, file: Path, batch_size: int) -> None:
+    run = planned.run
     batches = generate(
         run.model,
         run.config.flow.path,
-        sampling,
+        planned.sampling,
         len(part),
         batch_size=batch_size,
+        labels=planned.labels,
         first=part.start,
         separate=run.config.views.attention == "separated",
     )
@@ -116,7 +232,7 @@ def _join(parts: list[Path], file: Path) -> None:
     """Write the arrays of many files, one after the other, into one; a part in memory at a time."""
 
     def write(path: Path) -> None:
-        opened = [open_npz(part) for part in parts]
+        opened = [dict(Npz(part)) for part in parts]
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
             for name in opened[0]:
                 _write_member(archive, name, [arrays[name] for arrays in opened])

@@ -1,25 +1,23 @@
 """Sets of images to be compared: `.npz` files, folders, splits of data sets."""
 
 import hashlib
-import zipfile
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Int, UInt8
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from selfalign.data import DataSource
-from selfalign.data.folder import IMAGE_SUFFIXES
+from selfalign.arrays import Array, Npz
+from selfalign.data.images import is_grey, read_image
+from selfalign.data.listing import list_files, require_one_split
+from selfalign.data.source import DataSource
 from selfalign.errors import UserError
+from selfalign.names import encode_name, printable
 from selfalign.sampling.generate import to_uint8
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -74,17 +72,23 @@ class ImageSet:
             )
 
 
-def open_images(path: Path) -> ImageSet:
+def open_images(path: Path, background: str = "white") -> ImageSet:
     """A set of samples: a `.npz` with `arr_0` (and labels `arr_1`), or a folder of images.
+
+    A folder's images are grey if all of them are, and else grey ones are repeated to three channels.
+
+    Args:
+        path: the file, or the folder, whose subfolders are part of it.
+        background: colour behind what is transparent.
 
     Raises:
         UserError: there is nothing at the path, or it is damaged or of another format.
     """
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, background)
     if not path.is_file():
         raise UserError(f"{path} does not exist: allowed are a .npz file or a folder of images")
-    arrays = open_npz(path)
+    arrays = Npz(path)
     if "arr_0" not in arrays:
         raise UserError(
             f"{path} holds {', '.join(arrays) or 'nothing'}: needed is arr_0, the images"
@@ -92,7 +96,7 @@ def open_images(path: Path) -> ImageSet:
     return images_of(path, arrays)
 
 
-def images_of(path: Path, arrays: dict[str, Array]) -> ImageSet:
+def images_of(path: Path, arrays: Mapping[str, Array]) -> ImageSet:
     """The images `arr_0` of an opened `.npz`: uint8, or floats from 0 to 1, (M, H, W, C)."""
     images = arrays["arr_0"]
     if images.ndim != 4 or images.shape[3] not in (1, 3) or not len(images):
@@ -133,49 +137,6 @@ def images_of(path: Path, arrays: dict[str, Array]) -> ImageSet:
     )
 
 
-def open_npz(path: Path) -> dict[str, Array]:
-    """The arrays of a `.npz`, mapped from the file where they are not compressed.
-
-    Raises:
-        UserError: the file is truncated, or no `.npz`.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = [info for info in archive.infolist() if info.filename.endswith(".npy")]
-            return {
-                info.filename.removesuffix(".npy"): _read_member(path, archive, info)
-                for info in members
-            }
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} is truncated or not a .npz file: {error}") from error
-
-
-def _read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Array:
-    with archive.open(info) as stream:
-        if info.compress_type != zipfile.ZIP_STORED:
-            return np.lib.format.read_array(stream, allow_pickle=False)
-        version = np.lib.format.read_magic(stream)
-        readers = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }
-        if version not in readers:
-            raise ValueError(f"{info.filename} has the unknown version {version}")
-        shape, fortran, dtype = readers[version](stream)
-        if dtype.hasobject or dtype.kind == "U" or 0 in shape or not shape:
-            return np.lib.format.read_array(archive.open(info), allow_pickle=False)
-        header = stream.tell()
-    # The member's bytes follow its local header: 30 bytes, then its name and an extra field.
-    with path.open("rb") as file:
-        file.seek(info.header_offset)
-        local = file.read(30)
-    start = (
-        info.header_offset + 30 + sum(int.from_bytes(local[i : i + 2], "little") for i in (26, 28))
-    )
-    order = "F" if fortran else "C"
-    return np.memmap(path, dtype, "r", start + header, shape, order)  # type: ignore[call-overload]
-
-
 def open_split(name: str, source: DataSource, half: Literal["training", "held-out"]) -> ImageSet:
     """One half of a data set, without augmentation."""
     split = source.train if half == "training" else source.heldout
@@ -188,39 +149,43 @@ def open_split(name: str, source: DataSource, half: Literal["training", "held-ou
     )
 
 
-def _open_folder(folder: Path) -> ImageSet:
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
+def _open_folder(folder: Path, background: str) -> ImageSet:
+    listing = list_files(folder)
+    listing.require_usable(folder, skip=False)
+    if not listing.files:
         raise UserError(f"{folder} holds no images")
-    first = _read_image(files[0])
+    require_one_split((file.name for file in listing.files), folder)
+    digest = hashlib.sha256()
+    grey = True
+    for file in listing.files:
+        digest.update(encode_name(f"{file.name}\0{hash_file(Path(file.path))}\n"))
+        grey = grey and is_grey(Path(file.path))
+    channels = 1 if grey else 3
+
+    def read_one(index: int) -> UInt8[Tensor, "C H W"]:
+        # As it is stored: nothing is resized, which would move every metric.
+        return read_image(Path(listing.files[index].path), None, background)[:channels]
+
+    _, height, width = read_one(0).shape
 
     def read(indices: Sequence[int]) -> Tensor:
-        images = [_read_image(files[index]) for index in indices]
+        images = [read_one(index) for index in indices]
         for index, image in zip(indices, images, strict=True):
-            if image.shape != first.shape:
+            if image.shape[1:] != (height, width):
                 raise UserError(
-                    f"{files[index]} is {_describe(tuple(image.shape))}, {files[0].name} is "
-                    f"{_describe(tuple(first.shape))}: all images of a set must be the same"
+                    f"{printable(listing.files[index].path)} has {image.shape[1]}×{image.shape[2]} "
+                    f"pixels, and {printable(listing.files[0].name)} {height}×{width}: all images of "
+                    "a set must be the same"
                 )
         return torch.stack(images)
 
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{hash_file(path)}\n".encode())
-    channels, height, width = first.shape
     return ImageSet(
-        f"{folder.name}/", len(files), (channels, height, width), digest.hexdigest()[:16], read
+        f"{printable(folder.name)}/",
+        len(listing.files),
+        (channels, height, width),
+        digest.hexdigest()[:16],
+        read,
     )
-
-
-def _read_image(path: Path) -> UInt8[Tensor, "C H W"]:
-    """An image as it is stored, in grey or colour; nothing is resized, which would move every metric."""
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(image.convert("L" if image.mode in ("L", "1") else "RGB"))
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path} is not a readable image: {error}") from error
-    return torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1)
 
 
 def hash_file(path: Path) -> str:

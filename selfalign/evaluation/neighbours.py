@@ -14,10 +14,9 @@ from torch import Tensor
 from selfalign.errors import UserError
 from selfalign.evaluation.estimate import Estimate, from_share
 from selfalign.evaluation.frechet import require_finite
-from selfalign.models.linear import linear
+from selfalign.evaluation.metrics.precision_recall import NEIGHBOURS
+from selfalign.ops import linear
 
-NEIGHBOURS = 3
-"""k of the improved precision and recall (arXiv:1904.06991), as in the ADM suite."""
 TILE = 2048
 """Rows and columns of a tile of distances: 16 MB, which the allocator still reuses."""
 

@@ -7,12 +7,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from selfalign.data import DataSource, Split
+from selfalign.data.source import DataSource, Split
 from selfalign.errors import UserError
 from selfalign.flow import PATHS
-from selfalign.models.sit import SiT
+from selfalign.network import Backbone, Tap
 from selfalign.randomness import make_generator
-from selfalign.views import TokenGroups, patchify
+from selfalign.tokens import one_group
 
 TIMESTEP = 0.1
 """Noise level of the probed images: little noise, as the network never sees none."""
@@ -22,7 +22,7 @@ ITERATIONS = 1_000
 
 
 def linear_probe(
-    model: SiT, source: DataSource, path: str, block: int, batch_size: int = 256
+    model: Backbone, source: DataSource, path: str, block: Tap, batch_size: int = 256
 ) -> float:
     """Held-out accuracy of a logistic regression on the mean token of a block.
 
@@ -50,10 +50,10 @@ def linear_probe(
 
 @torch.no_grad()
 def _features(
-    model: SiT, split: Split, path: str, block: int, batch_size: int, part: str
+    model: Backbone, split: Split, path: str, block: Tap, batch_size: int, part: str
 ) -> tuple[Float[Tensor, "M D"], Int[Tensor, "M"]]:
-    device, dtype = model.pos_embed.device, model.pos_embed.dtype
-    groups = TokenGroups(order=None, sizes=(model.num_tokens,))
+    device, dtype = model.device, model.dtype
+    groups = one_group(model.num_tokens)
     chosen = torch.randperm(len(split), generator=make_generator(0, f"probe {part}"))[:IMAGES]
     features, labels = [], []
     for number, indices in enumerate(chosen.split(batch_size)):
@@ -62,8 +62,8 @@ def _features(
         t = torch.full((len(x0), 1), TIMESTEP)
         xt = PATHS[path].interpolate(x0, noise, t[..., None, None])
         null = torch.full((len(x0),), model.null_label, device=device)
-        tokens = patchify(xt.to(device, dtype), model.patch_size)
-        found = model.features(tokens, t.to(device, dtype), null, groups, block)
+        tokens = model.grid.patchify(xt.to(device, dtype))
+        found = model.features(tokens, t.to(device, dtype), null, groups, (block,))[block]
         features.append(found.mean(dim=1).float().cpu())
         labels.append(of_batch)
     return torch.cat(features), torch.cat(labels)

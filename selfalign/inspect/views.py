@@ -1,21 +1,25 @@
 """What student and teacher see of one image, and which tokens attend to which, as a picture."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox, HPacker, TextArea
 from torch import Tensor
 
-from selfalign.config import RunConfig
+from selfalign.config import ResolvedConfig
 from selfalign.errors import UserError
+from selfalign.inspect.svg import drawing, to_svg
 from selfalign.randomness import make_generator
 from selfalign.sampling.generate import to_uint8
-from selfalign.sampling.pictures import data_uri
-from selfalign.views import View, draw_views, make_views, unpatchify
+from selfalign.targets.ema import EMATarget
+from selfalign.views import View, draw_views, make_views
 
 BATCH = 8
 """Of which the first are whole images under whole-image mixing, and the last is not."""
@@ -55,7 +59,7 @@ class SeenImage:
 
 
 def see_views(
-    config: RunConfig,
+    config: ResolvedConfig,
     image: Float[Tensor, "C H W"],
     decode: Callable[[Float[Tensor, "B C H W"]], Float[Tensor, "B C H W"]] = lambda images: images,
     seed: int = 0,
@@ -78,25 +82,28 @@ def see_views(
     draw = draw_views(config, x0.shape, make_generator(seed, "diagram"))
     groups = config.num_groups
     spread = torch.linspace(HIGHEST, LOWEST, groups)
-    if config.views.timesteps == "single":
+    if config.schedule.one_per_sample:
         spread = spread[:1].expand(groups)
     draw = replace(draw, timesteps=spread.expand(BATCH, groups))
     views = make_views(config, x0, draw)
-    whole = views.student.groups.whole
+    targets = config.used_targets()
+    ema = targets.get("ema")
+    teacher = ema.view(views, draw) if isinstance(ema, EMATarget) else None
+    whole = views.groups.whole
     shown = [0, BATCH - 1] if 0 < whole < BATCH else [BATCH - 1]
-    patch, size = config.model.patch_size, (image.shape[1], image.shape[2])
+    grid = config.grid
 
     def see(view: View | None, index: int) -> SeenView | None:
         if view is None:
             return None
-        noised = unpatchify(view.groups.restore(view.tokens), patch, size)[index]
+        noised = grid.unpatchify(view.groups.restore(view.tokens))[index]
         one_group = index < whole or len(view.groups.sizes) == 1
         timesteps = view.timesteps[index].tolist()
         members = _members(view)[index]
         separate = view.groups.separate and not one_group
         return SeenView(
             image=_pixels(noised, decode),
-            grid=(size[0] // patch, size[1] // patch),
+            grid=(grid.shape[0], grid.shape[1]),
             groups=torch.zeros_like(members) if one_group else members,
             timesteps=tuple(timesteps[:1] if one_group else timesteps),
             attends=members[:, None].eq(members) | (not separate),
@@ -107,7 +114,7 @@ def see_views(
         student = see(views.student, index)
         assert student is not None
         clean = _pixels(image, decode)
-        seen.append(SeenImage(clean, student, see(views.teacher, index), index < whole))
+        seen.append(SeenImage(clean, student, see(teacher, index), index < whole))
     return seen
 
 
@@ -127,11 +134,6 @@ def _pixels(
         return to_uint8(channels / channels.abs().amax().clamp(min=1e-6))
 
 
-_WIDTH, _SIDE, _GAP = 360, 112, 12
-_TOPS = {"student": 18, "teacher": 160}
-_HEIGHT = 292
-
-
 def draw_diagram(seen: SeenImage, title: str) -> str:
     """The picture, as SVG that stands alone in a file or within a page, in whose text colour it is.
 
@@ -142,36 +144,74 @@ def draw_diagram(seen: SeenImage, title: str) -> str:
         seen: what is drawn.
         title: read out in its place to those who cannot see it.
     """
-    sizes = seen.student.groups.bincount().tolist()
-    legend = " ".join(f"{_swatch(k)}{size}" for k, size in enumerate(sizes))
-    top, below = _TOPS["student"], _TOPS["teacher"]
-    parts = [
-        *(_text(k, 11, head) for k, head in enumerate(("image", "input at t", "attention"))),
-        _picture(0, top, data_uri(_as_array(seen.clean), _SIDE)),
-        _text(0, top + _SIDE + 14, "clean"),
-    ]
-    if len(sizes) > 1:
-        parts.append(_picture(0, below, data_uri(_tint(seen.student, alpha=200), _SIDE)))
-        parts.append(_text(0, below + _SIDE + 14, f"tokens {legend}"))
-    else:
-        parts.append(_text(0, below + _SIDE / 2, "one group"))
-    for name, view in (("student", seen.student), ("teacher", seen.teacher)):
-        top = _TOPS[name]
-        if view is None:
-            parts.append(_text(1, top + _SIDE / 2, "no teacher"))
-            continue
-        parts += [
-            _picture(1, top, data_uri(_as_array(view.image), _SIDE)),
-            _picture(1, top, data_uri(_tint(view, alpha=70), _SIDE)),
-            _text(1, top + _SIDE + 14, f"{name} {_timesteps(view)}"),
-            _picture(2, top, data_uri(_mask(view), _SIDE)),
-            _text(2, top + _SIDE + 14, "full" if view.attends.all() else "within groups"),
-        ]
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{escape(title)}" font-family="system-ui, sans-serif" font-size="10.5" '
-        f'fill="currentColor">{"".join(parts)}</svg>'
+    with drawing():
+        figure = Figure(figsize=(5, 4.1))
+        (clean, *student), (groups, *teacher) = figure.subplots(
+            2, 3, gridspec_kw={"left": 0, "right": 1, "top": 0.93, "bottom": 0.06, "hspace": 0.2}
+        )
+        for axis in figure.axes:
+            axis.set(xticks=[], yticks=[])
+            for spine in axis.spines.values():
+                spine.set(visible=True, alpha=0.25)
+        for axis, heading in zip(
+            (clean, *student), ("image", "input at t", "attention"), strict=True
+        ):
+            axis.set_title(heading, loc="left")
+        _show(clean, _as_array(seen.clean))
+        _caption(clean, "clean")
+        sizes = seen.student.groups.bincount().tolist()
+        if len(sizes) > 1:
+            _show(groups, _tint(seen.student, alpha=200))
+            _caption(groups, "tokens", sizes)
+        else:
+            _nothing(groups, "one group")
+        _draw_view(student, "student", seen.student)
+        if seen.teacher is not None:
+            _draw_view(teacher, "teacher", seen.teacher)
+        else:
+            _nothing(teacher[0], "no teacher")
+            teacher[1].set_axis_off()
+        return to_svg(figure, title)
+
+
+def _draw_view(axes: Sequence[Axes], name: str, view: SeenView) -> None:
+    image, mask = axes
+    _show(image, _as_array(view.image))
+    _show(image, _tint(view, alpha=70), extent=image.images[0].get_extent())
+    _caption(image, name, [f"{t:.2f}" for t in view.timesteps])
+    _show(mask, _mask(view))
+    _caption(mask, "full" if view.attends.all() else "within groups")
+
+
+def _show(axis: Axes, picture: np.ndarray[Any, Any], **options: Any) -> None:
+    # The viewer enlarges the pixels themselves, sharply.
+    axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="none", **options)
+
+
+def _caption(axis: Axes, text: str, of_groups: Sequence[object] = ()) -> None:
+    """A line below a picture; where there are several groups, each value after its group's colour."""
+    several = len(of_groups) > 1
+    parts: list[Artist] = [TextArea(text)]
+    for group, value in enumerate(of_groups):
+        parts += [TextArea("■", textprops={"color": _colour(group)})] * several
+        parts.append(TextArea(f"{value}"))
+    line = HPacker(children=parts, pad=0, sep=3, align="baseline")
+    place = AnnotationBbox(
+        line,
+        (0, 0),
+        (0, -4),
+        "axes fraction",
+        "offset points",
+        box_alignment=(0, 1),
+        pad=0,
+        frameon=False,
     )
+    axis.add_artist(place)
+
+
+def _nothing(axis: Axes, text: str) -> None:
+    axis.text(0, 0.5, text, transform=axis.transAxes)
+    axis.set_axis_off()
 
 
 def _colour(group: int) -> str:
@@ -207,25 +247,3 @@ def _mask(view: SeenView) -> np.ndarray[Any, Any]:
     for row, group in enumerate(rows):
         mask[row, attends[row]] = [*(_rgb(group) if grouped else [128] * 3), 255]
     return mask
-
-
-def _timesteps(view: SeenView) -> str:
-    if len(view.timesteps) == 1:
-        return f"{view.timesteps[0]:.2f}"
-    return " ".join(f"{_swatch(k)}{t:.2f}" for k, t in enumerate(view.timesteps))
-
-
-def _swatch(group: int) -> str:
-    return f'<tspan fill="{_colour(group)}">■</tspan>'
-
-
-def _picture(column: int, top: float, address: str) -> str:
-    place = f'x="{column * (_SIDE + _GAP)}" y="{top}" width="{_SIDE}" height="{_SIDE}"'
-    return (
-        f'<image {place} href="{address}" style="image-rendering: pixelated"/>'
-        f'<rect {place} fill="none" stroke="currentColor" stroke-opacity="0.25"/>'
-    )
-
-
-def _text(column: int, y: float, markup: str) -> str:
-    return f'<text x="{column * (_SIDE + _GAP)}" y="{y}" xml:space="preserve">{markup}</text>'

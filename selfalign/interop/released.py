@@ -12,27 +12,26 @@ t = 1 is noise, which every solver and tool takes. All of it is exact:
 DiT predicts noise at 1,000 diffusion steps, not a velocity, and keeps a type of its own.
 """
 
-import argparse
 import math
-import pickle
 import re
-import zipfile
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from selfalign.backbones.sit.model import SiT
+from selfalign.backbones.sit.sizes import SIZES
 from selfalign.errors import UserError
-from selfalign.models.sit import SiT
-from selfalign.models.sizes import SIZES
-from selfalign.views import TokenGroups, patchify, unpatchify
+from selfalign.heads import ProjectionHead
+from selfalign.interop.files import read_weights
+from selfalign.tokens import one_group
+from selfalign.weights import Weights, differences, listed
 
 Source = Literal["sit", "repa", "self-flow", "sra", "dit"]
 """The project a checkpoint comes from. `sra` stands for SRA's SiTs, with or without DTS and AS."""
@@ -41,11 +40,7 @@ SOURCES: tuple[Source, ...] = get_args(Source)
 SOURCES_WITHOUT_SIGMA: tuple[Source, ...] = ("sit", "repa", "sra", "dit")
 """Whose checkpoints look alike without learned sigma, projectors and heads."""
 
-Weights = Mapping[str, Tensor]
-
 DIFFUSION_STEPS = 1000
-CONTAINERS = ("ema", "model", "state_dict")
-"""Where the projects' training scripts put weights in a .pt file, the best first."""
 RANKS = {
     "x_embedder.proj.weight": (2, 4),
     "pos_embed": (3,),
@@ -55,19 +50,10 @@ RANKS = {
     "final_layer.linear.weight": (2,),
 }
 """The tensors that dimensions are read from, and how many axes they may have."""
+LABELS = "y_embedder.embedding_table.weight"
+COMMON_CLASSES = (10, 100, 1000)
+"""Of well-known data sets: a table of labels with so many rows has perhaps no null class."""
 LAST_LAYER = ("final_layer.linear.weight", "final_layer.linear.bias")
-DAMAGE = (
-    SafetensorError,
-    pickle.UnpicklingError,
-    OSError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-)
-"""What reading a damaged file, or one that could run code, raises."""
 
 
 class DiT(nn.Module):
@@ -104,9 +90,9 @@ class DiT(nn.Module):
             Eq. 15), with no channels (S = 0) where the checkpoint has no learned sigma.
         """
         network = self.network
-        groups = TokenGroups(order=None, sizes=(network.num_tokens,))
-        tokens, _ = network(patchify(xs, network.patch_size), steps[:, None], labels, groups)
-        output = unpatchify(tokens, network.patch_size, network.image_size)
+        groups = one_group(network.num_tokens)
+        tokens = network(network.grid.patchify(xs), steps[:, None], labels, groups).velocity
+        output = network.grid.unpatchify(tokens)
         return output[:, : network.channels], output[:, network.channels :]
 
     def linear_timesteps(self, steps: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
@@ -134,7 +120,7 @@ class DiT(nn.Module):
 
 @dataclass(frozen=True)
 class Dimensions:
-    """What a checkpoint's shapes say: arguments of `SiT`."""
+    """What a checkpoint's shapes say: arguments of `SiT`, and whether it has a head."""
 
     channels: int
     image_size: tuple[int, int]
@@ -145,11 +131,26 @@ class Dimensions:
     num_classes: int
     qk_norm: bool
     projection_head: bool
+    """Whether there is an `ap_head`."""
     out_channels: int
+
+    def build(self, **changes: int) -> SiT:
+        """A model of these dimensions, some of them changed; its head hangs on no particular block."""
+        arguments = asdict(self) | changes
+        with_head = arguments.pop("projection_head")
+        model = SiT(**arguments)
+        if with_head:
+            model.add_head("ap_head", ProjectionHead(model.hidden_size), tap=self.depth)
+        return model
 
 
 def load_released(
-    path: Path | str, source: Source | None = None, *, heads: int | None = None, channels: int = 4
+    path: Path | str,
+    source: Source | None = None,
+    *,
+    heads: int | None = None,
+    channels: int = 4,
+    null_row: bool = True,
 ) -> SiT:
     """A released SiT, REPA, Self-Flow or SRA checkpoint as a model of this package.
 
@@ -161,6 +162,9 @@ def load_released(
             DiT); None recognises it.
         heads: attention heads; None takes those of the named size with the same width.
         channels: channels of a Self-Flow checkpoint, whose shapes do not tell; 4 is a VAE latent.
+        null_row: whether the last row of the table of labels is the null class. A model that was
+            trained without dropping labels has none; it gets one here, the mean of its classes, which
+            it has never seen: guidance means nothing for it.
 
     Raises:
         UserError: the file cannot be read, is of no known layout or of another one than `source`'s,
@@ -168,7 +172,7 @@ def load_released(
     """
     weights = read_weights(path)
     with _naming(path):
-        return build_sit(weights, source, heads=heads, channels=channels)
+        return build_sit(weights, source, heads=heads, channels=channels, null_row=null_row)
 
 
 def load_dit(path: Path | str, *, heads: int | None = None) -> DiT:
@@ -191,56 +195,32 @@ def load_projectors(path: Path | str) -> nn.ModuleList:
         return build_projectors(weights)
 
 
-def read_weights(path: Path | str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or .pt file by name, the averaged (`ema`) ones if it has them.
-
-    Nothing in the file can run code: pickles are read with `weights_only`.
-
-    Raises:
-        UserError: no such file, a damaged one, or one without weights.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {str(path)!r} does not exist or is not a file")
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        # The training scripts store their arguments beside the weights. With mmap, the optimizer's
-        # state and the weights that are not used stay on the disk.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
-    except DAMAGE as error:
-        raise UserError(
-            f"checkpoint {str(path)!r} is damaged, or holds more than tensors and plain values"
-        ) from error
-    held = content if isinstance(content, dict) else {}
-    for name in CONTAINERS:
-        if isinstance(held.get(name), dict):
-            held = held[name]
-            break
-    tensors = {str(name): value for name, value in held.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise UserError(
-            f"checkpoint {str(path)!r} holds no weights: looked for tensors by name, at the top or "
-            f"in {', '.join(CONTAINERS)}"
-        )
-    return tensors
-
-
 def build_sit(
-    weights: Weights, source: Source | None = None, *, heads: int | None = None, channels: int = 4
+    weights: Weights,
+    source: Source | None = None,
+    *,
+    heads: int | None = None,
+    channels: int = 4,
+    null_row: bool = True,
 ) -> SiT:
     """`load_released` for weights in memory."""
     source = _decide(source, recognise(weights))
     if source == "dit":
         raise UserError("this is a DiT, which predicts noise and not a velocity: use load_dit")
     weights = _in_our_layout(weights, channels)
+    if not null_row:
+        table = weights[LABELS]
+        weights[LABELS] = torch.cat([table, table.mean(dim=0, keepdim=True)])
+    elif len(weights[LABELS]) in COMMON_CLASSES:
+        warnings.warn(
+            f"{LABELS} has {len(weights[LABELS])} rows, which are taken for one class less and the null "
+            "class; if all are classes, pass null_row=False, and do not use guidance",
+            stacklevel=2,
+        )
     dimensions = infer_dimensions(weights, heads)
     _check_shapes(weights, dimensions)
     weights = _cut_sigma(weights, dimensions)
-    model = SiT(**asdict(replace(dimensions, out_channels=dimensions.channels)))
+    model = dimensions.build(out_channels=dimensions.channels)
     if source in ("sit", "self-flow"):
         weights = _turn_around(weights, model.t_embedder.frequencies)
     model.load_state_dict(weights)
@@ -252,7 +232,7 @@ def build_dit(weights: Weights, *, heads: int | None = None) -> DiT:
     _decide("dit", recognise(weights))
     dimensions = infer_dimensions(weights, heads)
     _check_shapes(weights, dimensions)
-    network = SiT(**asdict(dimensions))
+    network = dimensions.build()
     network.load_state_dict(weights)
     return DiT(network)
 
@@ -273,7 +253,7 @@ def build_projectors(weights: Weights) -> nn.ModuleList:
         ]
         layers = [layer for width in widths for layer in (nn.Linear(*width), nn.SiLU())]
         projectors.append(nn.Sequential(*layers[:-1]))
-    _compare({name: value.shape for name, value in projectors.state_dict().items()}, state)
+    _compare(projectors.state_dict(), state)
     if not projectors:
         raise UserError("no projectors: projectors.0.0.weight is missing")
     projectors.load_state_dict(state)
@@ -390,21 +370,13 @@ def _in_our_layout(weights: Weights, channels: int) -> dict[str, Tensor]:
 
 def _check_shapes(weights: Weights, dimensions: Dimensions) -> None:
     with torch.device("meta"):
-        expected = SiT(**asdict(dimensions)).state_dict()
-    _compare({name: value.shape for name, value in expected.items()}, weights)
+        expected = dimensions.build().state_dict()
+    _compare(expected, weights)
 
 
-def _compare(expected: Mapping[str, torch.Size], weights: Weights) -> None:
-    wrong = [f"{name} is missing" for name in expected if name not in weights]
-    wrong += [f"{name} is unknown" for name in weights if name not in expected]
-    wrong += [
-        f"{name} has shape {tuple(weights[name].shape)} and not {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in weights and weights[name].shape != shape
-    ]
-    if wrong:
-        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"the weights do not fit: {', '.join(wrong[:3])}{more}")
+def _compare(expected: Weights, weights: Weights) -> None:
+    if wrong := differences(expected, weights, dtypes=False):
+        raise UserError(f"the weights do not fit: {listed(wrong)}")
 
 
 def _cut_sigma(weights: Weights, dimensions: Dimensions) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """Numbered sets of samples: sample i is a function of (seed, i), whatever the batch size."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,42 +11,11 @@ from torch import Tensor
 from selfalign.errors import UserError
 from selfalign.flow import PATHS
 from selfalign.memory import keep_freed_memory
-from selfalign.models.sit import SiT
+from selfalign.network import Backbone
 from selfalign.randomness import make_generator
-from selfalign.sampling.guidance import Guidance, GuidedModel
-from selfalign.sampling.solvers import solve_ode, solve_sde
-from selfalign.views import TokenGroups
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How samples are made."""
-
-    solver: Literal["euler", "heun", "sde"] = "euler"
-    """Euler or Heun for the ODE, Euler-Maruyama for the SDE."""
-    steps: int = 50
-    """Solver steps; the papers report 250 with sde."""
-    guidance_scale: float = 1.0
-    """Strength of classifier-free guidance; 1 is off."""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Guidance applies to steps that start at a t within these bounds."""
-    mask_ratio: float = 0.0
-    """Share of tokens in the first of two groups that separate attention; 0: whole images."""
-    mask_type: Literal["fixed", "per-step"] = "fixed"
-    """Whether those groups are drawn once per sample or at every step."""
-    seed: int = 0
-    """Sample i is a function of this seed and i."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserError(f"steps is {self.steps}: allowed is a number from 1")
-        if not 0 <= self.mask_ratio < 1:
-            raise UserError(f"mask_ratio is {self.mask_ratio}: allowed is 0 (off) to below 1")
-        if not math.isfinite(self.guidance_scale):
-            raise UserError(f"guidance_scale is {self.guidance_scale}: allowed is 1 (off) or more")
-        if self.seed < 0:
-            raise UserError(f"seed is {self.seed}: allowed is a whole number from 0")
-        Guidance(self.guidance_scale, self.guidance_interval)
+from selfalign.sampling.guidance import GuidedModel
+from selfalign.sampling.settings import SamplingConfig
+from selfalign.tokens import TokenGroups, group_sizes
 
 
 @dataclass(frozen=True)
@@ -70,8 +38,17 @@ def random_labels(num_classes: int, seed: int, indices: Sequence[int]) -> Int[Te
     return torch.cat(draws)
 
 
+def balanced_labels(num_classes: int, indices: Sequence[int]) -> Int[Tensor, "B"]:
+    """Class i mod num_classes for sample i: exactly balanced over every multiple of num_classes."""
+    return torch.tensor([i % num_classes for i in indices])
+
+
+Labels = Literal["random", "balanced"] | Sequence[int]
+"""Which classes samples have: drawn, balanced, or given ones, repeated in order."""
+
+
 def check_sampling(
-    model: SiT, config: SamplingConfig, class_dropout: float, labels: Sequence[int] | None
+    model: Backbone, config: SamplingConfig, class_dropout: float, labels: Labels | None
 ) -> None:
     """Refuse what cannot be sampled from a model, before any work is done.
 
@@ -83,25 +60,27 @@ def check_sampling(
             f"guidance_scale is {config.guidance_scale}: the model was trained without dropped "
             "labels and has no unguided direction; allowed is 1"
         )
-    if labels is not None:
+    if labels == "balanced" and not model.num_classes:
+        raise UserError("labels are balanced: the model's classes are none (unconditional)")
+    if labels is not None and not isinstance(labels, str):
         known = f"0 to {model.num_classes - 1}" if model.num_classes else "none (unconditional)"
         wrong = [label for label in labels if not 0 <= label < model.num_classes]
         if wrong or not labels:
             raise UserError(f"labels are {list(labels)}: the model's classes are {known}")
-    if config.mask_ratio and not 1 <= int(model.num_tokens * config.mask_ratio) < model.num_tokens:
+    if config.mask_ratio and not all(_sampling_sizes(config, model)):
         raise UserError(
             f"mask_ratio is {config.mask_ratio}: leaves a group of the {model.num_tokens} tokens empty"
         )
 
 
 def generate(
-    model: SiT,
+    model: Backbone,
     path: str,
     config: SamplingConfig,
     num: int,
     *,
     batch_size: int,
-    labels: Sequence[int] | None = None,
+    labels: Labels | None = None,
     first: int = 0,
     separate: bool = True,
 ) -> Iterator[Samples]:
@@ -113,21 +92,23 @@ def generate(
         config: solver, guidance and seed.
         num: how many samples.
         batch_size: how many at once; has no effect on any sample but for float rounding.
-        labels: given classes, repeated in order over the set's numbers; None draws them.
+        labels: `random`, `balanced`, or given classes, repeated in order over the set's numbers; None
+            draws them.
         first: number of the first sample.
         separate: whether sampling with groups separates their attention, as the model was trained.
     """
-    device = model.pos_embed.device
+    device = model.device
     if device.type == "cpu":
         keep_freed_memory()
     shape = (model.channels, *model.image_size)
     for start in range(first, first + num, batch_size):
         indices = range(start, min(start + batch_size, first + num))
-        chosen = (
-            random_labels(model.num_classes, config.seed, indices)
-            if labels is None
-            else torch.tensor([labels[i % len(labels)] for i in indices])
-        )
+        if labels is None or labels == "random":
+            chosen = random_labels(model.num_classes, config.seed, indices)
+        elif labels == "balanced":
+            chosen = balanced_labels(model.num_classes, indices)
+        else:
+            chosen = torch.tensor([labels[i % len(labels)] for i in indices])
         # Drawn on the CPU, so that a sample is the same on every kind of device.
         generators = [make_generator(config.seed, "sample", i) for i in indices]
 
@@ -136,28 +117,29 @@ def generate(
         ) -> Float[Tensor, "B C H W"]:
             return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
+        condition = chosen.to(device)
         guided = GuidedModel(
             model,
-            chosen.to(device),
-            model.null_label,
-            Guidance(config.guidance_scale, config.guidance_interval),
+            condition,
+            model.condition.null(condition, model.num_classes),
+            config.guidance,
             _sampling_groups(config, model, indices, separate) if config.mask_ratio else None,
         )
-        if config.solver == "sde":
-            images = solve_sde(
-                guided, draw(), config.steps, path=PATHS[path], step_noise=lambda step: draw()
+        noise = draw()
+        # MPS has no float64.
+        noise = noise.to(torch.float32 if device.type == "mps" else torch.float64)
+        with torch.no_grad():
+            images = config.make_solver().solve(
+                guided, noise, config.steps, PATHS[path], lambda step: draw()
             )
-        else:
-            images = solve_ode(guided, draw(), config.steps, heun=config.solver == "heun")
         yield Samples(indices, images.float(), chosen)
 
 
 def _sampling_groups(
-    config: SamplingConfig, model: SiT, indices: Sequence[int], separate: bool
+    config: SamplingConfig, model: Backbone, indices: Sequence[int], separate: bool
 ) -> Callable[[int], TokenGroups]:
     """Two token groups per sample, drawn once or per step, as the released SDE sampler has them."""
-    device, tokens = model.pos_embed.device, model.num_tokens
-    first = int(tokens * config.mask_ratio)
+    tokens, sizes = model.num_tokens, _sampling_sizes(config, model)
 
     def groups(step: int) -> TokenGroups:
         drawn_at = 0 if config.mask_type == "fixed" else step
@@ -167,9 +149,13 @@ def _sampling_groups(
                 for i in indices
             ]
         )
-        return TokenGroups(order.to(device), (first, tokens - first), separate=separate)
+        return TokenGroups(order.to(model.device), sizes, separate=separate)
 
     return groups
+
+
+def _sampling_sizes(config: SamplingConfig, model: Backbone) -> tuple[int, ...]:
+    return group_sizes((config.mask_ratio, 1 - config.mask_ratio), model.num_tokens)
 
 
 def to_uint8(images: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B C H W"]:

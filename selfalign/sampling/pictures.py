@@ -2,16 +2,20 @@
 
 import base64
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
+
+from selfalign.disk import write_whole
 
 matplotlib.use("Agg")
 MAX_COLUMNS = 10
@@ -23,6 +27,11 @@ def column_labels(num_classes: int, columns: int = MAX_COLUMNS) -> list[int] | N
         return None
     columns = min(columns, num_classes)
     return [k * num_classes // columns for k in range(columns)]
+
+
+def column_names(labels: Sequence[int], class_names: Sequence[str]) -> list[str]:
+    """The classes' names; the number of one that has none, as a model may have more than its data."""
+    return [class_names[k] if k < len(class_names) else str(k) for k in labels]
 
 
 def draw_grids(
@@ -44,20 +53,61 @@ def draw_grids(
     rows, side = len(first) // count, 0.5
     size = (len(panels) * count * side + 0.4, rows * side * first.shape[2] / first.shape[3] + 1.0)
     figure = Figure(figsize=(max(4.0, size[0]), size[1]), dpi=144, layout="constrained")
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(_shown(title), fontsize=9)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (name, images) in zip(axes, panels.items(), strict=True):
         axis.imshow(tile(images, count), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         width = images.shape[3] + 1
-        axis.set_xticks([width * (k + 0.5) for k in range(count)], columns, fontsize=8)
+        places = [width * (k + 0.5) for k in range(count)]
+        axis.set_xticks(places, [_shown(name, 24) for name in columns], fontsize=8)
         axis.xaxis.tick_top()
         axis.set_yticks([])
         axis.tick_params(length=0)
         axis.set_title(name, fontsize=9)
         for spine in axis.spines.values():
             spine.set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    _save(path, figure)
+
+
+def _shown(text: str, most: int = 80) -> str:
+    """Text as one short line that matplotlib shows as it is: names of files may hold anything."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    line = line if len(line) <= most else line[: most - 1] + "…"
+    return line.replace("$", r"\$")  # a $ in a name begins no formula
+
+
+def _save(path: Path, figure: Figure) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that the font lacks: they are drawn as boxes
+        write_whole(path, figure.savefig)
+
+
+def draw_samples(
+    path: Path,
+    images: "np.ndarray[Any, Any]",
+    labels: "np.ndarray[Any, Any]",
+    names: Sequence[str],
+) -> None:
+    """Save a grid of up to 100 samples: a class per column if every class fits, else as numbered.
+
+    Args:
+        path: the picture's file.
+        images: bytes (M, H, W, C).
+        labels: one class per image.
+        names: by label; empty for an unconditional model.
+    """
+    tensors = torch.from_numpy(images).permute(0, 3, 1, 2)
+    classes = sorted(set(labels.tolist())) if names else []
+    title = f"{len(images)} samples"
+    if 1 < len(classes) <= MAX_COLUMNS:
+        by_class = [np.flatnonzero(labels == k)[:MAX_COLUMNS] for k in classes]
+        rows = min(map(len, by_class))
+        order = [int(column[row]) for row in range(rows) for column in by_class]
+        draw_grids(path, {"": tensors[order]}, column_names(classes, names), title)
+    else:
+        columns = min(MAX_COLUMNS, len(images))
+        count = min(len(images) // columns, MAX_COLUMNS) * columns
+        draw_grids(path, {"": tensors[:count]}, [""] * columns, title)
 
 
 def tile(images: UInt8[Tensor, "M C H W"], columns: int) -> "np.ndarray[Any, Any]":
@@ -73,7 +123,7 @@ def tile(images: UInt8[Tensor, "M C H W"], columns: int) -> "np.ndarray[Any, Any
 
 
 def draw_curves(path: Path, metrics: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Save a run's curves: training losses, held-out loss over steps, and over t.
+    """Save a run's curves: each term of the training loss, held-out loss over steps, and over t.
 
     Args:
         path: the picture's file.
@@ -81,16 +131,18 @@ def draw_curves(path: Path, metrics: Sequence[Mapping[str, Any]], title: str) ->
         title: stands above all.
     """
     figure = Figure(figsize=(11, 3.2), dpi=144, layout="constrained")
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(_shown(title), fontsize=9)
     losses, heldout, by_timestep = figure.subplots(1, 3)
     training = [line for line in metrics if "loss" in line]
-    steps = [line["step"] for line in training]
-    for name, colour in (("denoising_loss", "C0"), ("alignment_loss", "C1")):
-        values = [line[name] for line in training]
+    terms = dict.fromkeys(name for line in training for name in line if name.endswith("_loss"))
+    for number, name in enumerate(terms):
+        points = [(line["step"], line[name]) for line in training if name in line]
+        steps, values = [step for step, _ in points], [value for _, value in points]
         if any(values):
+            colour, label = f"C{number}", name.removesuffix("_loss")
             losses.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-            losses.plot(steps, _smooth(values), color=colour, label=name.replace("_", " "))
-    losses.set(title="training", xlabel="step")
+            losses.plot(steps, _smooth(values), color=colour, label=label)
+    losses.set(title="training losses", xlabel="step")
     evaluated = [line for line in metrics if "heldout_ema" in line]
     for name, label in (("heldout_ema", "EMA weights"), ("heldout_raw", "raw weights")):
         heldout.plot(
@@ -111,7 +163,7 @@ def draw_curves(path: Path, metrics: Sequence[Mapping[str, Any]], title: str) ->
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize=8)
-    figure.savefig(path)
+    _save(path, figure)
 
 
 def _smooth(values: Sequence[float], window: float = 0.05) -> list[float]:

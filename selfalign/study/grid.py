@@ -1,15 +1,18 @@
 """What a study compares: variants, the tables they stand in, and the effects read off them."""
 
-import importlib.util
-from collections.abc import Mapping
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
-
-import yaml
 
 from selfalign.errors import UserError
 from selfalign.recipes import recipe
+from selfalign.study.parsing import checked
+
+LONGEST_NAME = 300
+Pairs = tuple[tuple[str, str], ...]
+"""Pairs of variants, (with, without)."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,39 @@ class Effect:
     title: str
     question: str
     """What is asked, as in "Does a second noise level help?"."""
-    contrasts: tuple[tuple[str, str], ...]
+    contrasts: Pairs
     """Pairs of variants, (with, without), that differ in one switch."""
     claim: str = ""
-    """What the paper says about it; begins with Yes or No where numbers can be held against it."""
+    """What the paper says about it; begins with Yes, No or Equal where numbers can be held against it."""
+    minus: Pairs = ()
+    """Pairs whose mean difference is subtracted: the effect is then a difference of differences."""
+    half_of: str = ""
+    """Title of the effect of which half is this one's margin; left out: a share of the metric."""
 
     @property
-    def expected(self) -> Literal["", "gain", "no gain"]:
+    def expected(self) -> Literal["", "gain", "no gain", "equal"]:
         """What the claim foretells, as far as it begins with an answer."""
-        if self.claim.startswith("Yes"):
-            return "gain"
-        return "no gain" if self.claim.startswith("No") else ""
+        answers: dict[str, Literal["gain", "no gain", "equal"]]
+        answers = {"Yes": "gain", "No": "no gain", "Equal": "equal"}
+        return next((kind for word, kind in answers.items() if self.claim.startswith(word)), "")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The effect as a weighted sum of the variants' means; the weights add up to 0."""
+        weights: dict[str, float] = {}
+        for pairs, sign in ((self.contrasts, 1), (self.minus, -1)):
+            for pair in pairs:
+                for name, side in zip(pair, (sign, -sign), strict=True):
+                    weights[name] = weights.get(name, 0.0) + side / len(pairs)
+        return weights
+
+    @property
+    def reference(self) -> dict[str, float]:
+        """Weights of the mean that the effect is relative to: of the variants without."""
+        weights: dict[str, float] = {}
+        for _, without in self.contrasts:
+            weights[without] = weights.get(without, 0.0) + 1 / len(self.contrasts)
+        return weights
 
 
 @dataclass(frozen=True)
@@ -79,78 +104,111 @@ class Grid:
     def __post_init__(self) -> None:
         if not self.variants:
             raise UserError(f"grid {self.name} has no variants: at least one is needed")
+        _require_line("the grid's name", self.name)
+        for name in self.variants:
+            _require_line("a variant's name", name)
+            _require_no_path(name, self.variants)
         if not self.baseline:
             object.__setattr__(self, "baseline", next(iter(self.variants)))
         used = [("baseline", self.baseline)]
         used += [(f"table {t.title!r}", row.variant) for t in self.tables for row in t.rows]
-        used += [(f"effect {e.title!r}", v) for e in self.effects for c in e.contrasts for v in c]
+        for effect in self.effects:
+            for pair in (*effect.contrasts, *effect.minus):
+                used += [(f"effect {effect.title!r}", name) for name in pair]
+                if pair[0] == pair[1]:
+                    raise UserError(f"effect {effect.title!r} compares {pair[0]!r} with itself")
+            if not effect.contrasts:
+                raise UserError(f"effect {effect.title!r} has no contrasts: one or more are needed")
         for where, name in used:
             if name not in self.variants:
                 raise UserError(
-                    f"grid {self.name}, {where}: there is no variant {name!r}; there are "
+                    f"{where} of grid {self.name}: there is no variant {name!r}; there are "
                     + ", ".join(self.variants)
+                )
+        self._check_texts()
+
+    def _check_texts(self) -> None:
+        titles = [effect.title for effect in self.effects]
+        for kind, named in (("effect", titles), ("table", [table.title for table in self.tables])):
+            for title in named:
+                _require_line(f"the title of a{'n' * (kind == 'effect')} {kind}", title)
+            if doubled := sorted({title for title in named if named.count(title) > 1}):
+                raise UserError(f"{kind} {doubled[0]!r} stands twice: titles must differ")
+        for effect in self.effects:
+            if effect.half_of and effect.half_of not in titles:
+                raise UserError(
+                    f"effect {effect.title!r}: half_of is {effect.half_of!r}, which is no effect's title"
+                )
+        texts = [text for e in self.effects for text in (e.question, e.claim)]
+        for table in self.tables:
+            texts.append(table.note)
+            for row in table.rows:
+                texts += [*row.factors, *row.factors.values(), *row.paper]
+        for text in texts:
+            if bad := _control_characters(text, allowed="\n\t"):
+                raise UserError(
+                    f"a text of grid {self.name} holds the characters {bad!a}: {text!a}"
                 )
 
 
-def load_grid(path: Path) -> Grid:
-    """Read a grid from a Python file that defines `GRID`, or from YAML.
+def _control_characters(text: str, allowed: str = "") -> str:
+    """What no file and no page can show: control characters and halves of surrogate pairs."""
+    return "".join(c for c in text if unicodedata.category(c) in ("Cc", "Cs") and c not in allowed)
+
+
+def _require_line(what: str, text: str) -> None:
+    """Refuse what cannot stand in one line of a report."""
+    if not text.strip() or len(text) > LONGEST_NAME or _control_characters(text):
+        shown = ascii(text if len(text) <= LONGEST_NAME else text[:20] + "…")
+        raise UserError(
+            f"{what} is {shown}: allowed are 1 to {LONGEST_NAME} characters without line breaks and "
+            "other control characters"
+        )
+
+
+def _require_no_path(name: str, names: Iterable[str]) -> None:
+    """Refuse a name that was meant as a path: it would lead elsewhere, or into another's folder.
+
+    No name is used as a path in any case (`selfalign.study.plan.folder_name`).
+    """
+    parts = re.split(r"[/\\]", name)
+    above = {name[: found.start()] for found in re.finditer(r"[/\\]", name)}
+    if {"", ".", ".."} & set(parts) or above & set(names):
+        raise UserError(f"a variant's name is {name!r}: a path is no name")
+
+
+def grid_from_dict(values: Mapping[str, Any], where: object) -> Grid:
+    """A grid from nested dictionaries and lists, as YAML and JSON hold it.
+
+    Args:
+        values: the fields; a row may be the name of its variant alone.
+        where: the file; begins the message.
 
     Raises:
-        UserError: the file is missing, cannot be read, or does not describe a grid.
+        UserError: it describes no grid.
     """
-    if not path.is_file():
-        raise UserError(
-            f"{path} does not exist: allowed are paper, a .py or a .yaml file of a grid"
-        )
-    if path.suffix == ".py":
-        return _from_python(path)
-    if path.suffix in (".yaml", ".yml"):
-        return _from_yaml(path)
-    raise UserError(f"{path} is neither a .py nor a .yaml file")
-
-
-def _from_python(path: Path) -> Grid:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a user's file does
-        raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
-    grid = getattr(module, "GRID", None)
-    if not isinstance(grid, Grid):
-        raise UserError(f"{path} must define GRID, a selfalign.study.grid.Grid")
-    return grid
-
-
-def _from_yaml(path: Path) -> Grid:
-    try:
-        values = yaml.safe_load(path.read_text())
-        return grid_from_dict({"name": path.stem, **values})
-    except (yaml.YAMLError, OSError, TypeError, KeyError, ValueError, AttributeError) as error:
-        line = " ".join(str(error).split())
-        raise UserError(f"{path} is not a grid: {type(error).__name__}: {line}") from error
-
-
-def grid_from_dict(values: Mapping[str, Any]) -> Grid:
-    """A grid from nested dictionaries and lists, as YAML and JSON hold it."""
-    return Grid(
-        **{
-            **values,
-            "variants": {name: Variant(**fields) for name, fields in values["variants"].items()},
-            "tables": tuple(
-                Table(**{**table, "rows": tuple(_row(row) for row in table["rows"])})
-                for table in values.get("tables") or ()
-            ),
-            "effects": tuple(
-                Effect(**{**effect, "contrasts": tuple(map(tuple, effect["contrasts"]))})
-                for effect in values.get("effects") or ()
-            ),
-        }
+    given = dict(values)
+    variants = given.pop("variants", None)
+    if not isinstance(variants, dict):
+        raise UserError(f"{where} is not a grid: variants must hold names, each with a recipe")
+    tables = given.get("tables")
+    if isinstance(tables, list):
+        given["tables"] = [_with_whole_rows(table) for table in tables]
+    return checked(
+        {
+            **{name: value for name, value in given.items() if value is not None},
+            "variants": {
+                name: checked(fields, Variant, f"{where}, variant {name!r}")
+                for name, fields in variants.items()
+            },
+        },
+        Grid,
+        where,
     )
 
 
-def _row(row: str | Mapping[str, Any]) -> Row:
-    return Row(row) if isinstance(row, str) else Row(**row)
+def _with_whole_rows(table: object) -> object:
+    if not isinstance(table, dict) or not isinstance(table.get("rows"), Iterable):
+        return table
+    rows = [{"variant": row} if isinstance(row, str) else row for row in table["rows"]]
+    return {**table, "rows": rows}

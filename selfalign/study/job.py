@@ -3,10 +3,10 @@
 `python -m selfalign.study.job STUDY NAME` is what launchers start.
 """
 
+import dataclasses
 import json
 import os
 import platform
-import shutil
 import signal
 import statistics
 import sys
@@ -16,20 +16,26 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from filelock import FileLock
 
 import selfalign
+from selfalign.backbones import find_tap
 from selfalign.benchmark.cost import step_cost
-from selfalign.data import open_data
-from selfalign.disk import write_whole
+from selfalign.data.datasets import open_data
+from selfalign.disk import locked, write_arrays, write_whole
 from selfalign.errors import UserError
-from selfalign.evaluation.evaluate import EvaluationConfig, MetricName, default_features, evaluate
+from selfalign.evaluation.config import EvaluationConfig, MetricName
+from selfalign.evaluation.evaluate import evaluate
 from selfalign.evaluation.report import Evaluation
+from selfalign.evaluation.setup import default_features
 from selfalign.inspect.probes import linear_probe
-from selfalign.run import CurvesMonitor, HeldOutMonitor, LoadedRun, load_run, resume_run, start_run
-from selfalign.study.plan import Job, Measurement, read_study
+from selfalign.processes import open_accelerator
+from selfalign.runs.load import LoadedRun, load_run
+from selfalign.runs.monitors import CurvesMonitor, HeldOutMonitor
+from selfalign.runs.start import resume_run, start_run
+from selfalign.study.plan import Job, read_study
 from selfalign.study.results import (
     DISTANCES,
+    ERRORS_FILE,
     FAILED_SUFFIX,
     METRICS,
     RUNS,
@@ -37,8 +43,8 @@ from selfalign.study.results import (
     read_result,
     write_result,
 )
-from selfalign.training.checkpoint import latest_checkpoint, load_state
-from selfalign.training.heldout import heldout_loss
+from selfalign.study.settings import Measurement
+from selfalign.training.heldout import heldout_errors, heldout_loss, summarise
 from selfalign.training.loop import TrainingState
 from selfalign.training.tracking import read_metrics
 
@@ -64,7 +70,7 @@ def run_job(study_folder: Path, name: str, parent: int | None = None) -> RunResu
     folder = study_folder / RUNS / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     # A study that was killed may have left this very run behind, still stopping.
-    with FileLock(folder.with_suffix(".lock")):
+    with locked(folder.parent, busy=None, name=f"{folder.name}.lock"):
         if (result := read_result(folder)) is not None:
             return result
         if not _train(job, folder, study.measurement, parent):
@@ -105,17 +111,11 @@ def _train(job: Job, folder: Path, measurement: Measurement, parent: int | None)
         EvaluationMonitor(every, measurement),
         CurvesMonitor(every=0),
     )
-    if (folder / "checkpoints" / "latest").is_file():
-        if (
-            load_state(latest_checkpoint(folder / "checkpoints"))["step"]
-            >= job.config.training.steps
-        ):
-            return True
+    if (folder / "config.json").exists():
         state = resume_run(folder, None, progress, monitors)
     else:
-        shutil.rmtree(folder, ignore_errors=True)  # nothing in it could be gone on with
         state = start_run(job.config, folder, progress, monitors)
-    return state.step == job.config.training.steps
+    return state is None or state.step == job.config.training.steps
 
 
 def _evaluate(
@@ -128,6 +128,9 @@ def _evaluate(
     impossible = {"fd"} if features == "inception" else {"fid", "sfid", "is"}
     if features != "classifier":
         impossible.add("consistency")
+    sampling = measurement.sampling
+    if measurement.own_samples:
+        sampling = dataclasses.replace(sampling, seed=sampling.seed + run.config.seed)
     evaluation = evaluate(
         run.folder,
         EvaluationConfig(
@@ -135,7 +138,7 @@ def _evaluate(
             features=features,
             metrics=tuple(name for name in wanted if name not in impossible),
         ),
-        measurement.sampling,
+        sampling,
         accelerator,
         run=run,
     )
@@ -144,7 +147,7 @@ def _evaluate(
 
 
 def _measure(job: Job, folder: Path, measurement: Measurement) -> RunResult:
-    accelerator = Accelerator()
+    accelerator = open_accelerator()
     run = load_run(folder, device=accelerator.device)
     source = open_data(run.config.data)
     training, path = run.config.training, run.config.flow.path
@@ -155,19 +158,24 @@ def _measure(job: Job, folder: Path, measurement: Measurement) -> RunResult:
         accelerator,
     )
     lines = read_metrics(folder)
-    last = next(line for line in reversed(lines) if "heldout_ema" in line)
-    on_training = heldout_loss(run.model, source.train, path, training.heldout_samples).overall
+    pairs = measurement.heldout_pairs or training.heldout_samples
+    errors = heldout_errors(run.model, source.heldout, path, pairs)
+    arrays = {"errors": errors.errors.float(), "images": errors.images, "bins": errors.bins}
+    write_arrays(folder / ERRORS_FILE, {name: array.numpy() for name, array in arrays.items()})
+    on_heldout = summarise(errors)
+    on_training = heldout_loss(run.model, source.train, path, pairs).overall
     metrics = {
-        "heldout_loss": last["heldout_ema"],
+        "heldout_loss": on_heldout.overall,
         "training_loss": on_training,
-        "generalisation_gap": last["heldout_ema"] - on_training,
+        "generalisation_gap": on_heldout.overall - on_training,
         **{k: v.value for k, v in evaluation.metrics.items() if k in METRICS},
     }
+    if source.num_classes and run.config.views.class_dropout > 0:
+        without = heldout_errors(run.model, source.heldout, path, pairs, with_labels=False)
+        metrics["label_reliance"] = summarise(without).overall - on_heldout.overall
     if source.num_classes >= 2:
-        assert run.config.alignment.teacher_block is not None
-        metrics["linear_probe"] = linear_probe(
-            run.model, source, path, run.config.alignment.teacher_block
-        )
+        block = find_tap(run.config.targets["ema"].block, run.config.depth, "targets.ema.block")
+        metrics["linear_probe"] = linear_probe(run.model, source, path, block)
     curves = {"heldout_loss": [(x["step"], x["heldout_ema"]) for x in lines if "heldout_ema" in x]}
     for name in DISTANCES:
         if name in metrics:
@@ -186,8 +194,9 @@ def _measure(job: Job, folder: Path, measurement: Measurement) -> RunResult:
         seconds_per_step=statistics.median(seconds),
         seconds=sum(seconds) / len(seconds) * run.step,
         metrics=metrics,
-        heldout_by_timestep=last["heldout_ema_by_timestep"],
+        heldout_by_timestep=on_heldout.by_timestep,
         curves=curves,
+        heldout_images={k: v.value for k, v in evaluation.baseline.items() if k in METRICS},
         versions={
             "selfalign": selfalign.__version__,
             "torch": torch.__version__,

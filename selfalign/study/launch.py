@@ -10,42 +10,20 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from selfalign.disk import write_whole
 from selfalign.errors import UserError
 from selfalign.study.job import mark_failed, run_job
+from selfalign.study.parsing import checked, read_json
 from selfalign.study.plan import Job, read_study
 from selfalign.study.results import FAILED_SUFFIX, RESULT_FILE, RUNS, read_result
+from selfalign.study.settings import LaunchConfig
 from selfalign.training.tracking import read_metrics
 
 POLL_SECONDS = 0.5
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Where runs are run, and how many at once."""
-
-    launcher: Literal["local", "slurm", "submitit-local"] = "local"
-    """Processes of this machine, jobs of a SLURM cluster, or submitit's stand-in for a cluster."""
-    processes: int | None = None
-    """Runs at once on this machine; left out: one per GPU, else cores / threads."""
-    threads: int = 1
-    """CPU threads of each run."""
-    partition: str | None = None
-    """SLURM partition."""
-    gpus: int = 1
-    """GPUs of each SLURM job."""
-    minutes: int = 24 * 60
-    """Time limit of each SLURM job; one that meets it is queued again and goes on."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("processes", 1), ("threads", 1), ("gpus", 0), ("minutes", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"--{name} is {value}: allowed is a number from {least}")
 
 
 @dataclass(frozen=True)
@@ -214,6 +192,30 @@ class LocalLauncher:
                 send(process)
 
 
+def require_launcher(folder: Path, config: LaunchConfig) -> None:
+    """Refuse a launcher that cannot be used here, before anything is written.
+
+    Raises:
+        UserError: submitit is not installed, or there is no such cluster.
+    """
+    if config.launcher != "local":
+        _cluster_executor(folder, config)
+
+
+def _cluster_executor(folder: Path, config: LaunchConfig) -> Any:
+    try:
+        import submitit
+    except ImportError as error:
+        raise UserError(
+            f"--launcher {config.launcher} needs submitit: pip install 'selfalign[cluster]'"
+        ) from error
+    cluster = "slurm" if config.launcher == "slurm" else "local"
+    try:
+        return submitit.AutoExecutor(folder=folder.absolute() / "jobs", cluster=cluster)
+    except RuntimeError as error:
+        raise UserError(f"--launcher {config.launcher}: {error}") from error
+
+
 @dataclass(frozen=True)
 class ClusterJob:
     """What a cluster's job calls; one that is preempted or out of time is queued again."""
@@ -248,19 +250,12 @@ class ClusterLauncher:
     """
 
     def __init__(self, folder: Path, config: LaunchConfig) -> None:
-        try:
-            import submitit
-        except ImportError as error:
-            raise UserError(
-                f"--launcher {config.launcher} needs submitit: pip install 'selfalign[cluster]'"
-            ) from error
+        self._executor = _cluster_executor(folder, config)
+        import submitit
+
         self.folder = folder.absolute()
         self._logs = self.folder / "jobs"
         cluster = "slurm" if config.launcher == "slurm" else "local"
-        try:
-            self._executor = submitit.AutoExecutor(folder=self._logs, cluster=cluster)
-        except RuntimeError as error:
-            raise UserError(f"--launcher {config.launcher}: {error}") from error
         self._executor.update_parameters(
             name="selfalign",
             timeout_min=config.minutes,
@@ -270,7 +265,11 @@ class ClusterLauncher:
         if cluster == "slurm" and config.partition:
             self._executor.update_parameters(slurm_partition=config.partition)
         self._record = self._logs / "submitted.json"
-        known = json.loads(self._record.read_text()) if self._record.is_file() else {}
+        known = (
+            checked(read_json(self._record), dict[str, str], self._record)
+            if self._record.is_file()
+            else {}
+        )
         job_class = submitit.SlurmJob if cluster == "slurm" else submitit.LocalJob
         self._jobs: dict[str, Any] = {
             name: job_class(folder=self._logs, job_id=id_) for name, id_ in known.items()

@@ -134,30 +134,62 @@ _METHODS = Table(
     "Every recipe beside the others; the paper's system table is of SiT-XL/2 with guidance.",
 )
 
+_FULL, _SEPARATED = ("sra-dts", "sra"), ("sra-dts-as", "sra-as")
+_DUAL_UNDER_FULL = "Dual timesteps, full attention"
+
+_EFFECTS = (
+    Effect(
+        _DUAL_UNDER_FULL,
+        "Do dual timesteps help where all tokens see each other?",
+        (_FULL,),
+        "Yes: dual timesteps augment the noise states that the model sees.",
+    ),
+    Effect(
+        "Dual timesteps, separated attention",
+        "Do they help where no token sees another noise level?",
+        (_SEPARATED,),
+        "Yes, as much: so it is no interaction between noise levels.",
+    ),
+    Effect(
+        "Separation, single timestep",
+        "With one noise level, does it help to separate attention?",
+        (("sra-as", "sra"),),
+        "Yes: tokens that see only a part of the image are augmented views of it.",
+    ),
+    Effect(
+        "Separation, dual timesteps",
+        "With two noise levels, is separated attention as good as full attention?",
+        (("sra-dts-as", "sra-dts"),),
+        "Equal: tokens of one noise level need not see those of the other.",
+    ),
+    Effect(
+        "Cross-noise interaction",
+        "Is the gain of dual timesteps larger where tokens see those of the other noise level?",
+        (_FULL,),
+        "No: the gain is that of augmented noise states, not of interaction between them.",
+        minus=(_SEPARATED,),
+        half_of=_DUAL_UNDER_FULL,
+    ),
+)
+"""The four simple effects and the difference of differences. Separation alone also costs, with one noise
+level as with two; what it costs with one is no interaction, and subtracted."""
+
 PAPER = Grid(
     name="paper",
     variants=_VARIANTS,
     tables=(_TWO_BY_TWO, _MASK_RATIOS, _WHOLE_IMAGES, _METHODS),
-    effects=(
-        Effect(
-            "Cross-noise interaction",
-            "With dual timesteps, does it help that tokens of one noise level see those of the other?",
-            (("sra-dts", "sra-dts-as"),),
-            "No: separated attention is as good as full attention, so the gain of dual timesteps is not "
-            "an interaction between noise levels.",
-        ),
-        Effect(
-            "Noise-state augmentation",
-            "Do dual timesteps help, whatever the attention?",
-            (("sra-dts", "sra"), ("sra-dts-as", "sra-as")),
-            "Yes, under both attentions: dual timesteps augment the noise states that the model sees.",
-        ),
-        Effect(
-            "Partial-view augmentation",
-            "With a single timestep, does it help to separate attention?",
-            (("sra-as", "sra"),),
-            "Yes: tokens that see only a part of the image are augmented views of it.",
-        ),
-    ),
+    effects=_EFFECTS,
     baseline="sit",
 )
+
+TWO_BY_TWO = Grid(
+    name="2x2",
+    variants={name: _VARIANTS[name] for name in ("sra", "sra-as", "sra-dts", "sra-dts-as")},
+    tables=(_TWO_BY_TWO,),
+    effects=_EFFECTS,
+    baseline="sra",
+)
+"""The four corners alone: with ten seeds, what the effects need."""
+
+GRIDS: dict[str, tuple[Grid, int | None]] = {"paper": (PAPER, None), "2x2": (TWO_BY_TWO, 10)}
+"""Grids by the name that the command line takes, each with its number of seeds where it has one."""

@@ -1,7 +1,9 @@
 """A study from its grid to the list of its runs, each with its resolved settings."""
 
 import dataclasses
+import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,29 +11,46 @@ from typing import Any
 
 import selfalign
 from selfalign.config import RunConfig, resolve
-from selfalign.data import open_data
 from selfalign.disk import write_whole
 from selfalign.errors import UserError
 from selfalign.recipes import recipe
-from selfalign.sampling.generate import SamplingConfig
 from selfalign.study.grid import Grid, grid_from_dict
+from selfalign.study.parsing import checked, read_json
+from selfalign.study.settings import Measurement
 
 STUDY_FILE = "study.json"
 _GROWING = ("seeds", "train_fractions")
 """What may grow between two sittings of one study."""
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,79}")
+"""Names that any file system takes as they are."""
+
+
+def folder_name(name: str) -> str:
+    """A variant's name as a folder's: itself where it is plain, else what is plain in it and a hash."""
+    if _PLAIN_NAME.fullmatch(name):
+        return name
+    plain = "-".join(re.findall(r"[A-Za-z0-9._=+]+", name))[:40].strip("._=+-")
+    return f"{plain or 'variant'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """How every run is measured, while it trains and at its end."""
+class Registration:
+    """What was laid down before anything ran: the tests that count, and below which size a gain is none."""
 
-    num: int = 1000
-    """Samples for the Fréchet distance and the other metrics of samples."""
-    features: str | None = None
-    """Feature network of `selfalign evaluate`; left out: the data set's classifier where it is
-    small, else inception."""
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(solver="heun"))
-    """How samples are made: the same noise and labels in every run."""
+    effects: tuple[str, ...]
+    """Titles of the effects that are tested."""
+    metrics: tuple[str, ...]
+    """On which of METRICS each is tested."""
+    margins: Mapping[str, float]
+    """By metric, the margin as a share of the mean that an effect is relative to. An effect that is half
+    of another has half of that one's gain instead."""
+    level: float
+    """Chance of any false verdict among the tests that there is to be at most, in each direction."""
+    seeds: int
+    """How many were planned."""
+    detectable: Mapping[str, float] = field(default_factory=dict)
+    """By effect, the smallest that is found with a chance of 80 %, in standard deviations of what variant
+    and seed leave unexplained."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +78,24 @@ class Study:
     measurement: Measurement = field(default_factory=Measurement)
     profile: str = ""
     """Where the settings come from, in a word."""
+    registration: Registration | None = None
+    """None: nothing was laid down beforehand, as before version 0.2."""
 
     def __post_init__(self) -> None:
         for name in _GROWING:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise UserError(f"{name} is {values}: needed are one or more different numbers")
+        owners: dict[str, str] = {}
+        for fraction in self.train_fractions:
+            for name in self.grid.variants:
+                folder = _run_folder(name, fraction).casefold()  # some file systems ignore case
+                if (other := owners.setdefault(folder, name)) != name:
+                    raise UserError(
+                        f"variants {other!r} and {name!r} would share the folder {folder!r}: rename one"
+                    )
+        if len(owners) < len(self.train_fractions) * len(self.grid.variants):
+            raise UserError(f"train_fractions is {self.train_fractions}: two of them are too close")
 
     def jobs(self) -> list[Job]:
         """Every run, seed by seed, so that whole replications finish first."""
@@ -79,24 +110,47 @@ class Study:
         variant = self.grid.variants[name]
         settings = {**self.settings, "data.train_fraction": fraction, **variant.settings}
         config = recipe(variant.recipe, {**settings, "seed": seed})
-        folder = name if fraction == 1 else f"{name}_data{fraction:g}"
-        return Job(f"{folder}/seed_{seed}", name, seed, fraction, config)
+        return Job(f"{_run_folder(name, fraction)}/seed_{seed}", name, seed, fraction, config)
 
     def check(self) -> None:
-        """Refuse a study of which a run could not start.
+        """Refuse a study of which a run could not be trained or not be measured.
 
         Raises:
-            UserError: the data is missing, or a variant's settings do not fit it.
+            UserError: data or weights are missing, or a variant's settings do not fit them.
         """
+        import torch
+
+        from selfalign.data.datasets import open_data
+        from selfalign.evaluation.features import feature_network
+        from selfalign.evaluation.setup import default_features
+        from selfalign.sampling.generate import check_sampling
+        from selfalign.student import build_student
+
+        networks: set[tuple[str, str]] = set()
         for fraction in self.train_fractions:
-            source = None
+            sources: dict[Any, Any] = {}
             for name in self.grid.variants:
                 try:
                     config = self._job(name, self.seeds[0], fraction).config
-                    source = source or open_data(config.data)
-                    resolve(config, source.channels, source.image_size, source.num_classes)
+                    source = sources.get(config.data)
+                    if source is None:
+                        source = sources[config.data] = open_data(config.data)
+                    config = resolve(config, source.channels, source.image_size, source.num_classes)
+                    with torch.device("meta"):
+                        model = build_student(config)
+                    sampling, dropout = self.measurement.sampling, config.views.class_dropout
+                    check_sampling(model, sampling, dropout, None)
+                    features = self.measurement.features or default_features(config.data)
+                    if features == "classifier" and source.num_classes < 2:
+                        raise UserError(
+                            f"measurement.features classifier needs two classes or more, "
+                            f"{config.data.name} has {source.num_classes}"
+                        )
+                    if features != "classifier" and (features, config.data.name) not in networks:
+                        feature_network(features, source, config.data.name)
+                        networks.add((features, config.data.name))
                 except UserError as error:
-                    raise UserError(f"variant {name}: {error}") from error
+                    raise UserError(f"variant {name!r}: {error}") from error
 
     @property
     def full_fraction(self) -> float:
@@ -104,21 +158,30 @@ class Study:
         return max(self.train_fractions)
 
 
-def write_study(folder: Path, study: Study) -> None:
+def _run_folder(variant: str, fraction: float) -> str:
+    folder = folder_name(variant)
+    return folder if fraction == 1 else f"{folder}_data{fraction:g}"
+
+
+def write_study(folder: Path, study: Study) -> Study:
     """Write study.json into a new folder, or into that of the same study with fewer seeds.
+
+    Returns:
+        The study as it stands now: what an earlier one registered beforehand, or did not, stays.
 
     Raises:
         UserError: the folder holds another study, or something else.
     """
     path = folder / STUDY_FILE
     if path.is_file():
-        known = _as_json(read_study(folder))
-        new = _as_json(study)
+        earlier = read_study(folder)
+        study = dataclasses.replace(study, registration=earlier.registration)
+        known, new = _as_json(earlier), _as_json(study)
         for name in known:
             if name not in _GROWING and known[name] != new[name]:
                 raise UserError(
-                    f"{folder} holds a study with other {name}: choose another --out, or repeat its "
-                    "command to go on with it"
+                    f"{folder} holds a study with other {name}{_differing(known[name], new[name])}: "
+                    "choose another --out, or repeat its command to go on with it"
                 )
         for name in _GROWING:
             if missing := [value for value in known[name] if value not in new[name]]:
@@ -128,6 +191,14 @@ def write_study(folder: Path, study: Study) -> None:
     record = {"selfalign_version": selfalign.__version__, **_as_json(study)}
     text = json.dumps(record, indent=1) + "\n"
     write_whole(path, lambda partial: partial.write_text(text))
+    return study
+
+
+def _differing(known: object, new: object) -> str:
+    """Which fields of a section differ, in brackets."""
+    if not isinstance(known, dict) or not isinstance(new, dict):
+        return ""
+    return f" ({', '.join(k for k in {**known, **new} if known.get(k) != new.get(k))})"
 
 
 def read_study(folder: Path) -> Study:
@@ -139,29 +210,22 @@ def read_study(folder: Path) -> Study:
     path = folder / STUDY_FILE
     if not path.is_file():
         raise UserError(f"{str(folder)!r} is not a study: it holds no {STUDY_FILE}")
-    try:
-        record = json.loads(path.read_text())
-        record.pop("selfalign_version")
-        measurement = record["measurement"]
-        sampling: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in measurement["sampling"].items()
-        }
-        return Study(
-            **{
-                **record,
-                "grid": grid_from_dict(record["grid"]),
-                "seeds": tuple(record["seeds"]),
-                "train_fractions": tuple(record["train_fractions"]),
-                "measurement": Measurement(
-                    **{**measurement, "sampling": SamplingConfig(**sampling)}
-                ),
-            }
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    return study_from_dict(read_json(path), path)
 
 
-def _as_json(study: Study) -> dict[str, Any]:
-    """The study as JSON holds it: tuples are lists."""
-    return json.loads(json.dumps(dataclasses.asdict(study)))
+def study_from_dict(record: Any, where: object) -> Study:
+    """A study from what study.json holds.
+
+    Raises:
+        UserError: it describes none.
+    """
+    if not isinstance(record, dict) or not isinstance(record.get("grid"), dict):
+        raise UserError(f"{where} cannot be read: it describes no study")
+    plain = {name: value for name, value in record.items() if name != "selfalign_version"}
+    grid = grid_from_dict(plain.pop("grid"), where)
+    return checked({**plain, "grid": _as_json(grid)}, Study, where)
+
+
+def _as_json(value: Any) -> Any:
+    """A dataclass as JSON holds it: tuples are lists."""
+    return json.loads(json.dumps(dataclasses.asdict(value)))

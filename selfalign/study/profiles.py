@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfalign.recipes import RECIPES
-from selfalign.sampling.generate import SamplingConfig
-from selfalign.study.plan import Measurement
+from selfalign.sampling.settings import SamplingConfig
+from selfalign.study.settings import Measurement
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ PROFILES: dict[str, Profile] = {
             "training.heldout_samples": 100,
         },
         seeds=2,
-        measurement=Measurement(num=40, sampling=SamplingConfig(solver="heun", steps=3)),
+        measurement=Measurement(
+            num=40, own_samples=True, sampling=SamplingConfig(solver="heun", steps=3)
+        ),
         max_tokens=16,
     ),
     "laptop": Profile(
@@ -60,7 +62,9 @@ PROFILES: dict[str, Profile] = {
             "training.heldout_samples": 2_000,
         },
         seeds=3,
-        measurement=Measurement(num=500, sampling=SamplingConfig(solver="heun", steps=8)),
+        measurement=Measurement(
+            num=500, own_samples=True, sampling=SamplingConfig(solver="heun", steps=8)
+        ),
         max_tokens=49,
     ),
     "full": Profile(
@@ -71,14 +75,17 @@ PROFILES: dict[str, Profile] = {
                 name: value
                 for name, value in RECIPES["imagenet256-b2"].settings.items()
                 if name.startswith(("model.", "training.", "data."))
-                or name in ("alignment.student_block", "alignment.teacher_block")
+                or name in ("terms.alignment.block", "targets.ema.block")
             },
             "training.evaluate_every": 100_000,
             "training.keep_checkpoints": 1,
         },
         seeds=1,
         measurement=Measurement(
-            num=10_000, features="inception", sampling=SamplingConfig(solver="sde", steps=250)
+            num=10_000,
+            features="inception",
+            own_samples=True,
+            sampling=SamplingConfig(solver="sde", steps=250),
         ),
     ),
 }

@@ -1,14 +1,22 @@
 """What the runs of a study measured, as its statistics and its report read it."""
 
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from selfalign.disk import write_whole
+from selfalign.errors import UserError
+from selfalign.study.estimates import Array, PairErrors
+from selfalign.study.parsing import checked, read_json
 from selfalign.study.plan import Study, read_study
 
+ERRORS_FILE = "heldout_errors.npz"
+"""In a run's folder: the squared error of every held-out pair, its image and its bin of t."""
 RESULT_FILE = "result.json"
 FAILED_SUFFIX = ".failed"
 RUNS = "runs"
@@ -20,7 +28,8 @@ class Metric:
     """A number by which variants are compared."""
 
     title: str
-    better: Literal["lower", "higher"]
+    better: Literal["lower", "higher", ""]
+    """Empty where neither is: it describes."""
     explanation: str
 
 
@@ -65,6 +74,12 @@ METRICS: dict[str, Metric] = {
         "lower",
         "as the held-out loss, on training images",
     ),
+    "label_reliance": Metric(
+        "label reliance",
+        "",
+        "held-out denoising loss without labels minus that with them, on the same images, timesteps and "
+        "noise: how much the model makes of a label, which is no quality",
+    ),
     "precision": Metric(
         "precision", "higher", "share of samples inside the training images' balls"
     ),
@@ -101,6 +116,8 @@ class RunResult:
     curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     """(step, value) while training went on, of heldout_loss and the Fréchet distance."""
     versions: Mapping[str, str] = field(default_factory=dict)
+    heldout_images: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of samples, of as many real held-out images in their place: what a perfect model reaches."""
 
 
 def write_result(folder: Path, result: RunResult) -> None:
@@ -112,7 +129,7 @@ def write_result(folder: Path, result: RunResult) -> None:
 def read_result(folder: Path) -> RunResult | None:
     """A run's result, or None while there is none."""
     path = folder / RESULT_FILE
-    return RunResult(**json.loads(path.read_text())) if path.is_file() else None
+    return checked(read_json(path), RunResult, path) if path.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -135,6 +152,44 @@ class StudyResults:
     failed: tuple[Failure, ...] = ()
     waiting: tuple[str, ...] = ()
     """Names of the runs that have neither."""
+    folder: Path | None = None
+    """The study's, where the runs' held-out errors are."""
+
+    def pair_errors(self, runs: Sequence[RunResult]) -> PairErrors | None:
+        """The held-out errors of runs that differ in variant or seed; None unless all have kept them.
+
+        Raises:
+            UserError: a file of them is damaged.
+        """
+        files = {(run.variant, run.seed): self._errors_file(run) for run in runs}
+        if not files or None in files.values():
+            return None
+        found = {cell: _read_errors(path) for cell, path in files.items() if path is not None}
+        first = next(iter(found.values()))
+        for errors, images, bins in found.values():
+            same = np.array_equal(images, first[1]) and np.array_equal(bins, first[2])
+            if not same or not np.isfinite(errors).all():
+                return None  # measured on other pairs, or diverged
+        return PairErrors(
+            {cell: e.astype(np.float64) for cell, (e, _, _) in found.items()}, *first[1:]
+        )
+
+    def _errors_file(self, run: RunResult) -> Path | None:
+        path = None if self.folder is None else self.folder / run.folder / ERRORS_FILE
+        return path if path is not None and path.is_file() else None
+
+
+def _read_errors(path: Path) -> tuple[Array, Array, Array]:
+    try:
+        with np.load(path) as arrays:
+            found = arrays["errors"], arrays["images"], arrays["bins"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+    if len({array.shape for array in found}) != 1 or found[0].ndim != 1 or found[0].size < 2:
+        raise UserError(f"{path} is damaged: needed are as many errors as images and bins")
+    if any(array.dtype.kind != "i" or array.min() < 0 for array in found[1:]):
+        raise UserError(f"{path} is damaged: images and bins are no numbers from 0")
+    return found
 
 
 def read_results(folder: Path) -> StudyResults:
@@ -156,4 +211,4 @@ def read_results(folder: Path) -> StudyResults:
             )
         else:
             waiting.append(job.name)
-    return StudyResults(study, tuple(done), tuple(failed), tuple(waiting))
+    return StudyResults(study, tuple(done), tuple(failed), tuple(waiting), folder)

@@ -1,64 +1,29 @@
-"""What the runs of a study say together: means, paired effects and costs, with intervals over seeds.
-
-Runs of one seed share initial weights, data order and noise. A difference of two variants is therefore
-taken seed by seed, and its interval is that of the mean of those differences.
-"""
+"""Everything that the report of a study shows, as numbers, from the runs that are done."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
-from typing import Any, Literal
+from typing import Any
 
-from scipy.special import stdtrit
-
+from selfalign.study.costs import QualityCost, quality_cost
+from selfalign.study.estimates import Estimate, Layout, own_spread
 from selfalign.study.grid import Effect
+from selfalign.study.plan import Registration
 from selfalign.study.results import DISTANCES, METRICS, RunResult, StudyResults
-
-CONFIDENCE = 0.95
-HELDOUT_LOSS = "heldout_loss"
+from selfalign.study.verdicts import (
+    HELDOUT_LOSS,
+    EffectEstimate,
+    Finding,
+    adjust,
+    estimate_effect,
+    margin_weights,
+    register,
+)
 
 Reading = Callable[[RunResult], float | None]
 """A number of a finished run, or None where it was not measured."""
-Outcome = Literal["helps", "hurts", "cannot be told"]
-Verdict = Literal["supported", "contradicted", "undecided"]
-
-
-@dataclass(frozen=True)
-class SeedMean:
-    """A mean over one or more seeds, and its t-interval at 95 %."""
-
-    values: Mapping[int, float]
-    """By seed."""
-
-    @property
-    def mean(self) -> float:
-        """Mean over the seeds."""
-        return math.fsum(self.values.values()) / len(self.values)
-
-    @property
-    def half_width(self) -> float | None:
-        """Half of the interval's width: t(S-1)·s/√S. None at one seed, which has no spread."""
-        seeds = len(self.values)
-        if seeds < 2:
-            return None
-        variance = math.fsum((v - self.mean) ** 2 for v in self.values.values()) / (seeds - 1)
-        return float(stdtrit(seeds - 1, (1 + CONFIDENCE) / 2)) * math.sqrt(variance / seeds)
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """Lower and upper end of the interval; None at one seed."""
-        half = self.half_width
-        return None if half is None else (self.mean - half, self.mean + half)
-
-    @property
-    def agreeing(self) -> int:
-        """Seeds whose value has the sign of the mean."""
-        return sum(value * self.mean > 0 for value in self.values.values())
-
-    def as_json(self) -> dict[str, Any]:
-        """Mean, interval and the values behind them."""
-        return {"mean": self.mean, "interval": self.interval, "by_seed": dict(self.values)}
+Curve = Sequence[tuple[int, Estimate]]
+"""(step, mean over seeds)."""
 
 
 def metric_reading(name: str) -> Reading:
@@ -73,116 +38,22 @@ def timestep_reading(index: int) -> Reading:
     )
 
 
-def _read(runs: Iterable[RunResult], reading: Reading) -> dict[tuple[str, int], float]:
-    """Finite values by (variant, seed). What diverged counts as not measured."""
-    found = {(run.variant, run.seed): reading(run) for run in runs}
-    return {
-        key: value for key, value in found.items() if value is not None and math.isfinite(value)
+def lay_out(
+    runs: Iterable[RunResult],
+    reading: Reading,
+    by: Callable[[RunResult], Hashable] = lambda run: run.variant,
+) -> Layout:
+    """A reading by variant (or whatever `by` says) and seed. What diverged counts as not measured."""
+    found = {(by(run), run.seed): reading(run) for run in runs}
+    return Layout({k: v for k, v in found.items() if v is not None and math.isfinite(v)})
+
+
+def variant_mean(runs: Iterable[RunResult], variant: str, reading: Reading) -> Estimate | None:
+    """A variant's mean over its finished seeds, with its own spread; None while there is none."""
+    values = {
+        seed: v for (name, seed), v in lay_out(runs, reading).values.items() if name == variant
     }
-
-
-def variant_mean(runs: Iterable[RunResult], variant: str, reading: Reading) -> SeedMean | None:
-    """A variant's mean over its finished seeds; None while there is none."""
-    values = {seed: v for (name, seed), v in _read(runs, reading).items() if name == variant}
-    return SeedMean(values) if values else None
-
-
-@dataclass(frozen=True)
-class Difference:
-    """With minus without, averaged over an effect's contrasts in each seed, then over the seeds."""
-
-    difference: SeedMean
-    without: float
-    """Mean of the variants without, over the same seeds: what the difference is relative to."""
-
-
-def paired_difference(
-    runs: Iterable[RunResult], effect: Effect, reading: Reading
-) -> Difference | None:
-    """An effect on one reading, from the seeds of which all the runs are there.
-
-    Args:
-        runs: finished runs of one train fraction.
-        effect: its contrasts say which variants are subtracted.
-        reading: what is compared.
-
-    Returns:
-        None while no seed is complete.
-    """
-    read = _read(runs, reading)
-    differences, references = {}, {}
-    for seed in sorted({seed for _, seed in read}):
-        pairs = [(read.get((a, seed)), read.get((b, seed))) for a, b in effect.contrasts]
-        whole = [(a, b) for a, b in pairs if a is not None and b is not None]
-        if pairs and len(whole) == len(pairs):
-            differences[seed] = sum(a - b for a, b in whole) / len(whole)
-            references[seed] = sum(b for _, b in whole) / len(whole)
-    if not differences:
-        return None
-    return Difference(SeedMean(differences), SeedMean(references).mean)
-
-
-def gain_interval(metric: str, difference: SeedMean) -> tuple[float, float] | None:
-    """The interval of a difference, turned so that a gain is positive; None at one seed."""
-    if difference.interval is None:
-        return None
-    low, high = difference.interval
-    return (low, high) if METRICS[metric].better == "higher" else (-high, -low)
-
-
-def outcome(metric: str, difference: SeedMean) -> Outcome:
-    """Which way a difference falls, if its interval excludes zero."""
-    interval = gain_interval(metric, difference)
-    if interval is None or interval[0] <= 0 <= interval[1]:
-        return "cannot be told"
-    return "helps" if interval[0] > 0 else "hurts"
-
-
-@dataclass(frozen=True)
-class EffectEstimate:
-    """An effect on one metric."""
-
-    effect: Effect
-    metric: str
-    estimate: Difference | None
-    """None while no seed has all the runs."""
-
-    @property
-    def outcome(self) -> Outcome:
-        """Helps, hurts, or cannot be told."""
-        if self.estimate is None:
-            return "cannot be told"
-        return outcome(self.metric, self.estimate.difference)
-
-    @property
-    def verdict(self) -> Verdict | None:
-        """Whether the paper's claim holds here; None where it makes none.
-
-        A claim of no gain is supported by an interval that lies on the side of harm alone. An interval
-        around zero leaves it undecided: it bounds a gain, and does not show that there is none.
-        """
-        if not self.effect.expected:
-            return None
-        if self.outcome == "cannot be told":
-            return "undecided"
-        helps = self.outcome == "helps"
-        return "supported" if helps == (self.effect.expected == "gain") else "contradicted"
-
-    def as_json(self) -> dict[str, Any]:
-        """The estimate and what follows from it."""
-        found = self.estimate
-        return {
-            "effect": self.effect.title,
-            "metric": self.metric,
-            "difference": None if found is None else found.difference.as_json(),
-            "without": None if found is None else found.without,
-            "outcome": self.outcome,
-            "paper": self.verdict,
-        }
-
-
-Curve = Sequence[tuple[int, SeedMean]]
-"""(step, mean over seeds)."""
+    return own_spread(values) if values else None
 
 
 def mean_curve(runs: Iterable[RunResult], variant: str, metric: str) -> Curve:
@@ -193,87 +64,7 @@ def mean_curve(runs: Iterable[RunResult], variant: str, metric: str) -> Curve:
             for step, value in run.curves.get(metric, ()):
                 if math.isfinite(value):
                     by_step.setdefault(step, {})[run.seed] = value
-    return [(step, SeedMean(by_step[step])) for step in sorted(by_step)]
-
-
-def first_reaching(
-    curve: Sequence[tuple[int, float]], target: float, better: Literal["lower", "higher"]
-) -> float | None:
-    """The step at which a curve first reaches a value, linear between its points.
-
-    Returns:
-        None if it never does. A curve that is there at its first point counts from that point.
-    """
-    sign = 1 if better == "higher" else -1
-    previous: tuple[int, float] | None = None
-    for step, value in curve:
-        if sign * (value - target) >= 0:
-            if previous is None or value == previous[1]:
-                return float(step)
-            before, below = previous
-            return before + (step - before) * (target - below) / (value - below)
-        previous = (step, value) if math.isfinite(value) else previous
-    return None
-
-
-@dataclass(frozen=True)
-class QualityCost:
-    """What a variant needs until its curve first reaches the baseline's last value of the same seed."""
-
-    variant: str
-    metric: str
-    steps: Mapping[int, float | None]
-    """By seed; None is not reached."""
-    flops: Mapping[int, float]
-    """By seed, of those that reach it."""
-    seconds: Mapping[int, float]
-    """Likewise; training steps alone, each at the median of the variant's runs."""
-    relative_flops: Mapping[int, float]
-    """Operations as a share of those of the baseline's whole run of the same seed."""
-
-    @property
-    def reached(self) -> int:
-        """Seeds that reach it."""
-        return len(self.flops)
-
-    def as_json(self) -> dict[str, Any]:
-        """All of it, by seed."""
-        return {
-            "variant": self.variant,
-            "metric": self.metric,
-            "steps": dict(self.steps),
-            "flops": dict(self.flops),
-            "seconds": dict(self.seconds),
-            "relative_flops": dict(self.relative_flops),
-        }
-
-
-def quality_cost(
-    runs: Sequence[RunResult], variant: str, baseline: str, metric: str
-) -> QualityCost | None:
-    """See QualityCost; None while no seed has both curves."""
-    curves = {
-        (run.variant, run.seed): (run, run.curves[metric])
-        for run in runs
-        if run.variant in (variant, baseline) and run.curves.get(metric)
-    }
-    # A step costs the same at every seed; what else a machine did meanwhile does not count.
-    paces = [run.seconds_per_step for (name, _), (run, _) in curves.items() if name == variant]
-    steps: dict[int, float | None] = {}
-    flops, seconds, relative = {}, {}, {}
-    for seed in sorted({seed for _, seed in curves}):
-        if (variant, seed) not in curves or (baseline, seed) not in curves:
-            continue
-        run, curve = curves[variant, seed]
-        reference, target_curve = curves[baseline, seed]
-        last_step, target = target_curve[-1]
-        step = first_reaching(curve, target, METRICS[metric].better)
-        steps[seed] = step
-        if step is not None:
-            flops[seed] = step * run.flops_per_step
-            seconds[seed] = step * median(paces)
-            relative[seed] = flops[seed] / (last_step * reference.flops_per_step)
-    return QualityCost(variant, metric, steps, flops, seconds, relative) if steps else None
+    return [(step, own_spread(by_step[step])) for step in sorted(by_step)]
 
 
 @dataclass(frozen=True)
@@ -282,20 +73,25 @@ class Trend:
 
     effect: Effect
     metric: str
-    by_fraction: Mapping[float, Difference]
-    change: SeedMean | None
+    by_fraction: Mapping[float, Estimate]
+    change: Estimate | None
     """The difference at the smallest fraction minus that at the largest, seed by seed."""
+
+    @property
+    def finding(self) -> Finding:
+        """Whether the effect is worth more with less data: it helps, then."""
+        gain = self.change.interval() if self.change else None
+        if gain is None or gain[0] <= 0 <= gain[1]:
+            return "cannot be told"
+        return "helps" if (gain[0] > 0) == (METRICS[self.metric].better == "higher") else "hurts"
 
     def as_json(self) -> dict[str, Any]:
         """The effect at every fraction, and its change."""
         return {
             "effect": self.effect.title,
             "metric": self.metric,
-            "by_fraction": {
-                f"{fraction:g}": found.difference.as_json()
-                for fraction, found in self.by_fraction.items()
-            },
-            "change": None if self.change is None else self.change.as_json(),
+            "by_fraction": _by_share(self.by_fraction),
+            "change": self.change,
         }
 
 
@@ -303,18 +99,15 @@ def effect_trend(
     runs: Sequence[RunResult], effect: Effect, metric: str, fractions: Sequence[float]
 ) -> Trend:
     """An effect at every train fraction, and how it differs between the two ends."""
-    by_fraction = {}
-    for fraction in sorted(fractions):
-        found = paired_difference(_of(runs, fraction), effect, metric_reading(metric))
-        if found is not None:
-            by_fraction[fraction] = found
-    change: dict[int, float] = {}
-    if len(fractions) > 1 and {min(fractions), max(fractions)} <= by_fraction.keys():
-        small, large = (
-            by_fraction[end(fractions)].difference.values for end in (min, max)
-        )  # the ends of the sweep, not of what happens to be finished
-        change = {seed: small[seed] - large[seed] for seed in small if seed in large}
-    return Trend(effect, metric, by_fraction, SeedMean(change) if change else None)
+    layout = lay_out(runs, metric_reading(metric), lambda run: (run.variant, run.train_fraction))
+
+    def weights(fraction: float, sign: float) -> dict[Hashable, float]:
+        return {(name, fraction): sign * weight for name, weight in effect.weights.items()}
+
+    found = {fraction: layout.weigh(weights(fraction, 1)) for fraction in sorted(fractions)}
+    ends = (min(fractions), max(fractions))  # of the sweep, not of what happens to be finished
+    change = layout.weigh(weights(ends[0], 1) | weights(ends[1], -1)) if ends[0] < ends[1] else None
+    return Trend(effect, metric, {k: e for k, e in found.items() if e is not None}, change)
 
 
 @dataclass(frozen=True)
@@ -325,40 +118,44 @@ class Analysis:
     """Names of METRICS that were measured."""
     headline: tuple[str, ...]
     """The held-out loss and a Fréchet distance, as far as they were measured."""
-    means: Mapping[str, Mapping[str, SeedMean]]
+    registration: Registration | None
+    """By which claims were tested."""
+    registered: bool
+    """Whether that was laid down before anything ran."""
+    means: Mapping[str, Mapping[str, Estimate]]
     """By variant and metric, at the largest train fraction."""
+    heldout_images: Mapping[str, float]
+    """By metric, what as many real held-out images score as there were samples; where measured."""
     effects: tuple[EffectEstimate, ...]
     """Every effect on every metric, at the largest train fraction."""
-    by_timestep: Mapping[str, tuple[SeedMean, ...]]
+    by_timestep: Mapping[str, tuple[EffectEstimate, ...]]
     """An effect's differences of the held-out loss in equal bins of t, by its title."""
     curves: Mapping[str, Mapping[str, Curve]]
     """By metric and variant."""
     costs: tuple[QualityCost, ...]
-    efficiency: Mapping[str, Mapping[str, Mapping[float, SeedMean]]]
+    efficiency: Mapping[str, Mapping[str, Mapping[float, Estimate]]]
     """By metric, variant and train fraction; empty if only one was trained on."""
     trends: tuple[Trend, ...]
 
     @property
-    def intervals(self) -> int:
-        """Intervals of differences in the report: how many chances there are to be wrong."""
-        found = [e.estimate.difference for e in self.effects if e.estimate]
-        found += [d for differences in self.by_timestep.values() for d in differences]
-        found += [d.difference for trend in self.trends for d in trend.by_fraction.values()]
-        found += [trend.change for trend in self.trends if trend.change]
-        return sum(difference.interval is not None for difference in found)
+    def exploratory(self) -> int:
+        """Intervals in the report that no test named beforehand: chances to be wrong."""
+        found = [e.difference for e in self.effects if not e.headline]
+        found += [e.difference for bins in self.by_timestep.values() for e in bins]
+        found += [e for trend in self.trends for e in (*trend.by_fraction.values(), trend.change)]
+        return sum(e is not None and e.standard_error is not None for e in found)
 
     def as_json(self) -> dict[str, Any]:
-        """What report.json holds of it."""
+        """What report.json holds of it; estimates say themselves what they hold."""
         return {
             "metrics": {name: METRICS[name].title for name in self.metrics},
-            "headline_metrics": list(self.headline),
-            "means": {
-                variant: {metric: mean.as_json() for metric, mean in means.items()}
-                for variant, means in self.means.items()
-            },
-            "effects": [estimate.as_json() for estimate in self.effects],
+            "headline_metrics": self.headline,
+            "registered_beforehand": self.registered,
+            "means": self.means,
+            "heldout_images": self.heldout_images,
+            "effects": self.effects,
             "effects_by_timestep": {
-                title: [difference.as_json() for difference in bins]
+                title: [estimate.difference for estimate in bins]
                 for title, bins in self.by_timestep.items()
             },
             "curves": {
@@ -368,37 +165,62 @@ class Analysis:
                 }
                 for metric, curves in self.curves.items()
             },
-            "compute_to_quality": [cost.as_json() for cost in self.costs],
+            "compute_to_quality": self.costs,
             "sample_efficiency": {
-                metric: {
-                    variant: {f"{fraction:g}": mean.as_json() for fraction, mean in points.items()}
-                    for variant, points in variants.items()
-                }
+                metric: {variant: _by_share(points) for variant, points in variants.items()}
                 for metric, variants in self.efficiency.items()
             },
-            "effects_by_train_fraction": [trend.as_json() for trend in self.trends],
-            "intervals_of_differences": self.intervals,
+            "effects_by_train_fraction": self.trends,
+            "exploratory_intervals": self.exploratory,
         }
+
+
+def _by_share(points: Mapping[float, Estimate]) -> dict[str, Estimate]:
+    return {f"{fraction:g}": estimate for fraction, estimate in points.items()}
 
 
 def analyse(results: StudyResults) -> Analysis:
     """All statistics of a study, from the runs that are done."""
     study, runs = results.study, results.done
-    grid, full = study.grid, _of(runs, study.full_fraction)
+    grid = study.grid
+    full = [run for run in runs if run.train_fraction == study.full_fraction]
     metrics = tuple(name for name in METRICS if any(name in run.metrics for run in runs))
-    frechet = [name for name in DISTANCES if name in metrics][:1]
-    headline = tuple([HELDOUT_LOSS] * (HELDOUT_LOSS in metrics) + frechet)
+    distance = next((name for name in DISTANCES if name in metrics), "")
+    headline = tuple(name for name in (HELDOUT_LOSS, distance) if name in metrics)
+    registration = study.registration or register(grid, distance or DISTANCES[0], len(study.seeds))
     curve_metrics = [name for name in METRICS if any(run.curves.get(name) for run in full)]
-    swept = len(study.train_fractions) > 1
+    swept = headline if len(study.train_fractions) > 1 else ()
+
+    layouts = {name: lay_out(full, metric_reading(name)) for name in metrics}
+    if HELDOUT_LOSS in layouts and (errors := results.pair_errors(full)) is not None:
+        layouts[HELDOUT_LOSS] = Layout(layouts[HELDOUT_LOSS].values, errors)
+
+    def estimate(effect: Effect, metric: str) -> EffectEstimate:
+        margin = (
+            margin_weights(effect, metric, grid.effects, registration) if registration else None
+        )
+        return estimate_effect(layouts[metric], effect, metric, margin)
+
+    effects = [estimate(effect, name) for effect in grid.effects for name in metrics]
     return Analysis(
         metrics=metrics,
         headline=headline,
-        means={variant: _means(full, variant, metrics) for variant in grid.variants},
-        effects=tuple(
-            EffectEstimate(effect, name, paired_difference(full, effect, metric_reading(name)))
-            for effect in grid.effects
+        registration=registration,
+        registered=study.registration is not None,
+        means={
+            variant: {
+                name: mean
+                for name in metrics
+                if (mean := variant_mean(full, variant, metric_reading(name)))
+            }
+            for variant in grid.variants
+        },
+        heldout_images={
+            name: math.fsum(values) / len(values)
             for name in metrics
-        ),
+            if (values := [run.heldout_images[name] for run in full if name in run.heldout_images])
+        },
+        effects=tuple(adjust(effects, registration) if registration else effects),
         by_timestep={
             effect.title: bins for effect in grid.effects if (bins := _by_timestep(full, effect))
         },
@@ -425,14 +247,12 @@ def analyse(results: StudyResults) -> Analysis:
                 }
                 for variant in grid.variants
             }
-            for name in headline
-            if swept
+            for name in swept
         },
         trends=tuple(
             effect_trend(runs, effect, name, study.train_fractions)
             for effect in grid.effects
-            for name in headline
-            if swept
+            for name in swept
         ),
     )
 
@@ -441,13 +261,11 @@ def _of(runs: Iterable[RunResult], fraction: float) -> list[RunResult]:
     return [run for run in runs if run.train_fraction == fraction]
 
 
-def _means(runs: Sequence[RunResult], variant: str, metrics: Sequence[str]) -> dict[str, SeedMean]:
-    means = {name: variant_mean(runs, variant, metric_reading(name)) for name in metrics}
-    return {name: mean for name, mean in means.items() if mean is not None}
-
-
-def _by_timestep(runs: Sequence[RunResult], effect: Effect) -> tuple[SeedMean, ...]:
-    """One difference per bin of t; none while a bin lacks it."""
+def _by_timestep(runs: Sequence[RunResult], effect: Effect) -> tuple[EffectEstimate, ...]:
+    """One estimate per bin of t; none while a bin lacks it."""
     bins = max((len(run.heldout_by_timestep) for run in runs), default=0)
-    found = [paired_difference(runs, effect, timestep_reading(k)) for k in range(bins)]
-    return tuple(d.difference for d in found if d) if all(found) else ()
+    found = [
+        estimate_effect(lay_out(runs, timestep_reading(k)), effect, HELDOUT_LOSS)
+        for k in range(bins)
+    ]
+    return tuple(found) if all(e.difference for e in found) else ()

@@ -1,25 +1,61 @@
-"""Checkpoints: whole or absent, never half; no pickle.
+"""Checkpoints: whole or absent, never half, never poisoned; no pickle.
 
 A checkpoint is a folder `checkpoints/step_*/` with `model.safetensors`, `ema.safetensors`,
-`optimizer.safetensors` and `state.json`. It is written beside its place and renamed into it; the file
-`checkpoints/latest` names the last one that is whole.
+`optimizer.safetensors`, `state.json`, and the checksums of these in `checksums.json`. It is written
+beside its place and renamed into it; the file `checkpoints/latest` names the last one that is whole, and
+`checkpoints/monitored` the last one whose monitors are through.
 """
 
-import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+import msgspec
 import torch
+import xxhash
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from selfalign.disk import publish
+from selfalign.disk import publish, reason, sweep, write_whole
 from selfalign.errors import UserError
+from selfalign.records import read_bytes, read_json, write_json
+from selfalign.weights import (
+    differences,
+    listed,
+    not_finite,
+    read_header,
+    read_safetensors,
+    write_safetensors,
+)
 
-FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
+WEIGHTS = {"raw": "model.safetensors", "ema": "ema.safetensors"}
+FILES = (*WEIGHTS.values(), "optimizer.safetensors", "state.json")
+CHECKSUMS = "checksums.json"
+_NAME = re.compile(r"step_(\d{8,15})")
+_CHUNK = 2**22
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=10**15)]
+
+
+class CheckpointState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a run is besides its tensors: `state.json`."""
+
+    step: Count
+    """Optimizer steps done."""
+    scaler: dict[str, int | float] | None = None
+    """Of the gradients, under fp16."""
+    skipped: Count = 0
+    """Steps left out because they were not finite."""
+
+
+class Checksums(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`checksums.json`: damage is found by them, not malice."""
+
+    xxh3_128: dict[str, str]
+    """By file; hexadecimal."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -27,68 +63,147 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps of a checkpoint, from the name of its folder."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def save_checkpoint(
     folder: Path,
-    step: int,
     student: nn.Module,
     ema: nn.Module,
     optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Any],
+    state: CheckpointState,
     keep: int,
 ) -> Path:
-    """Write the checkpoint of `step` below `folder`, make it the latest, and drop old ones.
+    """Write a checkpoint below `folder`, make it the latest, and drop old ones.
 
     Args:
         folder: the run's `checkpoints` folder.
-        step: optimizer steps done.
         student, ema: the unwrapped models.
         optimizer: its parameters are the student's, in order.
-        state: whatever else the run needs, as JSON can hold it.
+        state: the step, and whatever else the run needs.
         keep: how many of the last checkpoints stay.
 
     Raises:
-        UserError: the disk is full or not writable; earlier checkpoints are untouched.
+        UserError: the disk is full or not writable, or a tensor is not finite; earlier checkpoints are
+            untouched.
     """
-    target = folder / checkpoint_name(step)
+    target = folder / checkpoint_name(state.step)
     partial = folder / f".{target.name}.partial"
+    tensors = {
+        "model.safetensors": student.state_dict(),
+        "ema.safetensors": ema.state_dict(),
+        "optimizer.safetensors": _optimizer_tensors(student, optimizer),
+    }
+    for file, named in tensors.items():
+        if poisoned := not_finite(named):
+            raise UserError(
+                f"checkpoint {target} is not written: {listed(poisoned)} of {file} is not finite; "
+                "earlier checkpoints are untouched"
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left_over in folder.glob(".*.partial"):
-            shutil.rmtree(left_over, ignore_errors=True)
-        if not target.exists():
-            partial.mkdir()
-            save_file(_contiguous(student.state_dict()), partial / "model.safetensors")
-            save_file(_contiguous(ema.state_dict()), partial / "ema.safetensors")
-            save_file(_optimizer_tensors(student, optimizer), partial / "optimizer.safetensors")
-            (partial / "state.json").write_text(json.dumps({**state, "step": step}, indent=2))
-            publish(partial, target)
-        pointer = folder / ".latest.partial"
-        pointer.write_text(target.name + "\n")
-        publish(pointer, folder / "latest")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"checkpoint {target} cannot be written: {error}") from error
-    for old in sorted(folder.glob("step_*"))[:-keep]:
-        # Renamed first, so that what is being deleted never looks like a checkpoint.
-        doomed = folder / f".{old.name}.partial"
-        old.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        sweep(folder)
+        partial.mkdir()
+        for file, named in tensors.items():
+            write_safetensors(partial / file, named)
+        write_json(partial / "state.json", state)
+        sums = {file: _checksum(partial / file) for file in FILES}
+        write_json(partial / CHECKSUMS, Checksums(sums))
+        if target.exists():  # of the same step, before the run went back to an earlier one
+            _drop(target)
+        publish(partial, target)
+        _point(folder / "latest", target)
+    except (OSError, SafetensorError, UserError) as error:
+        needed = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
+        why = reason(error, folder, needed)
+        sweep(folder)
+        raise UserError(f"checkpoint {target} cannot be written: {why}") from error
+    for old in checkpoints(folder)[:-keep]:
+        _drop(old)
     return target
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints below a run's `checkpoints` folder, the oldest first."""
+    return sorted((p for p in folder.glob("step_*") if _NAME.fullmatch(p.name)), key=step_of)
 
 
 def latest_checkpoint(folder: Path) -> Path:
-    """The run's last whole checkpoint.
+    """The run's last checkpoint: the one that `latest` names.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or `latest` names something else.
     """
     pointer = folder / "latest"
-    if not pointer.is_file():
+    if not pointer.exists():
+        # A run that was killed between its first checkpoint's renaming and this file's has one.
+        if found := checkpoints(folder):
+            return found[-1]
         raise UserError(f"{folder} holds no checkpoint")
-    target = folder / pointer.read_text().strip()
-    missing = [name for name in FILES if not (target / name).is_file()]
+    name = read_bytes(pointer, limit=100).decode(errors="backslashreplace").strip()
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"{pointer} names {name!r}: allowed is a folder beside it, such as {checkpoint_name(1)}"
+        )
+    return folder / name
+
+
+def choose_checkpoint(folder: Path, step: int | None, files: Sequence[str] = FILES) -> Path:
+    """The checkpoint of a step, or else the latest, whose files are whole.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        step: of which; None for the latest.
+        files: what is needed of it.
+
+    Raises:
+        UserError: there is none, or it is damaged: the message says which one is whole.
+    """
+    chosen = None
+    try:
+        chosen = latest_checkpoint(folder) if step is None else folder / checkpoint_name(step)
+        verify(chosen, files)
+        return chosen
+    except UserError as error:
+        whole = _newest_whole(folder, chosen, files)
+        if whole is None:
+            raise
+        raise UserError(
+            f"{error}; the newest whole checkpoint is that of step {step_of(whole)}: go on from it "
+            f"with --step {step_of(whole)}"
+        ) from error
+
+
+def verify(checkpoint: Path, files: Sequence[str] = FILES) -> CheckpointState:
+    """Check files of a checkpoint by their checksums; those of version 0.1.0 have none.
+
+    Returns:
+        Its state.
+
+    Raises:
+        UserError: a file is missing or damaged; the message names it.
+    """
+    if not checkpoint.is_dir():
+        raise UserError(f"checkpoint {checkpoint} does not exist")
+    files = (*files, "state.json")
+    missing = [name for name in dict.fromkeys(files) if not (checkpoint / name).is_file()]
     if missing:
-        raise UserError(f"checkpoint {target} lacks {', '.join(missing)}")
-    return target
+        raise UserError(f"checkpoint {checkpoint} lacks {', '.join(missing)}")
+    if (checkpoint / CHECKSUMS).exists():
+        sums = read_json(checkpoint / CHECKSUMS, Checksums).xxh3_128
+        for file in files:
+            if _checksum(checkpoint / file) != sums.get(file):
+                raise UserError(f"{checkpoint / file} is damaged: its checksum is another")
+    else:
+        for file in files:
+            if file.endswith(".safetensors"):
+                read_header(checkpoint / file)
+    state = read_json(checkpoint / "state.json", CheckpointState)
+    if checkpoint_name(state.step) != checkpoint.name:
+        raise UserError(f"{checkpoint / 'state.json'} is damaged: it says step {state.step}")
+    return state
 
 
 def load_weights(checkpoint: Path, model: nn.Module, file: str) -> None:
@@ -97,10 +212,10 @@ def load_weights(checkpoint: Path, model: nn.Module, file: str) -> None:
     Raises:
         UserError: the file is damaged or belongs to another model.
     """
-    try:
-        model.load_state_dict(_load(checkpoint / file))
-    except RuntimeError as error:
-        raise UserError(f"{checkpoint / file} does not fit the model: {error}") from error
+    tensors = _load(checkpoint / file)
+    if wrong := differences(model.state_dict(), tensors):
+        raise UserError(f"{checkpoint / file} does not fit the model: {listed(wrong)}")
+    model.load_state_dict(tensors)
 
 
 def load_optimizer(checkpoint: Path, student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -109,43 +224,101 @@ def load_optimizer(checkpoint: Path, student: nn.Module, optimizer: torch.optim.
     Raises:
         UserError: the file is damaged or belongs to another model.
     """
-    tensors = _load(checkpoint / "optimizer.safetensors")
+    path = checkpoint / "optimizer.safetensors"
+    names = {parameter: name for name, parameter in student.named_parameters()}
+    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for entry, value in _load(path).items():
+        key, _, name = entry.partition("|")
+        found[name][key] = value
+    wrong = [f"{name!r} is unknown" for name in found.keys() - names.values()]
     state: dict[int, dict[str, Tensor]] = {}
-    for index, (name, _) in enumerate(student.named_parameters()):
-        own = {
-            key.split("|")[0]: value for key, value in tensors.items() if key.endswith(f"|{name}")
-        }
-        if not own:
-            raise UserError(f"{checkpoint / 'optimizer.safetensors'} lacks the state of {name}")
-        state[index] = own
+    index = 0
+    for group in optimizer.param_groups:
+        own = [names[parameter] for parameter in group["params"]]
+        keys = sorted(set().union(*(found[name] for name in own))) or ["step"]
+        for parameter, name in zip(group["params"], own, strict=True):
+            # A number is a count of steps; everything else is shaped like the parameter.
+            expected = {
+                key: parameter.new_empty((), device="meta", dtype=torch.float32)
+                if key == "step"
+                else parameter.to("meta")
+                for key in keys
+            }
+            wrong += [f"{text} of {name}" for text in differences(expected, found[name])]
+            state[index] = found[name]
+            index += 1
+    if wrong:
+        raise UserError(f"{path} does not fit the model: {listed(wrong)}")
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )
 
 
-def load_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was given as state, and the step."""
+def rewind(folder: Path, checkpoint: Path) -> None:
+    """Make a checkpoint the latest, and drop those after it."""
+    _point(folder / "latest", checkpoint)
+    for later in checkpoints(folder):
+        if step_of(later) > step_of(checkpoint):
+            _drop(later)
+
+
+def mark_monitored(folder: Path, step: int) -> None:
+    """Note that the monitors of a step that has a checkpoint are through."""
+    _point(folder / "monitored", folder / checkpoint_name(step))
+
+
+def is_monitored(checkpoint: Path) -> bool:
+    """Whether a run that goes on from this checkpoint need not call its monitors again."""
+    if not (checkpoint / CHECKSUMS).exists():
+        return True  # version 0.1.0 called them before it wrote the checkpoint
+    mark = checkpoint.parent / "monitored"
+    return mark.is_file() and read_bytes(mark, limit=100).strip() == checkpoint.name.encode()
+
+
+def _point(pointer: Path, checkpoint: Path) -> None:
+    write_whole(pointer, lambda partial: partial.write_text(f"{checkpoint.name}\n"))
+
+
+def _drop(checkpoint: Path) -> None:
+    # Renamed first, so that what is being deleted never looks like a checkpoint.
+    doomed = checkpoint.with_name(f".{checkpoint.name}.dropped.partial")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _newest_whole(folder: Path, damaged: Path | None, files: Sequence[str]) -> Path | None:
+    for checkpoint in reversed(checkpoints(folder)):
+        if checkpoint != damaged:
+            try:
+                verify(checkpoint, files)
+            except UserError:
+                continue
+            return checkpoint
+    return None
+
+
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_128()
     try:
-        return json.loads((checkpoint / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint / 'state.json'} cannot be read: {error}") from error
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
 
 
 def _optimizer_tensors(student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names = [name for name, _ in student.named_parameters()]
+    names: dict[Tensor, str] = {p: name for name, p in student.named_parameters()}
     return {
-        f"{key}|{names[index]}": value.contiguous()
-        for index, values in optimizer.state_dict()["state"].items()
+        f"{key}|{names[parameter]}": value
+        for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
 
 
-def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.contiguous() for name, tensor in state.items()}
-
-
-def _load(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
+def _load(path: Path) -> dict[str, Tensor]:
+    tensors = read_safetensors(path)
+    if poisoned := not_finite(tensors):
+        raise UserError(f"{path} is damaged: {listed(poisoned)} is not finite")
+    return tensors

@@ -1,14 +1,15 @@
 """The exponential moving average of the weights: teacher, and the model that is sampled."""
 
 import copy
+from typing import Generic
 
 import torch
 from torch import Tensor
 
-from selfalign.models.sit import SiT
+from selfalign.network import AnyBackbone
 
 
-class EMA:
+class EMA(Generic[AnyBackbone]):
     """Keeps `model`, a frozen copy whose weights follow a student's.
 
     Args:
@@ -18,7 +19,7 @@ class EMA:
             its initial weights.
     """
 
-    def __init__(self, student: SiT, decay: float, warmup: bool = True) -> None:
+    def __init__(self, student: AnyBackbone, decay: float, warmup: bool = True) -> None:
         self.decay, self.warmup = decay, warmup
         self.model = copy.deepcopy(student).eval().requires_grad_(False)
         self._averages: list[Tensor] = list(self.model.parameters())

@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from selfalign.data.datasets import Split
-from selfalign.flow import PATHS
-from selfalign.models.sit import SiT
+from selfalign.data.source import Split
+from selfalign.flow import PATHS, velocity_error
+from selfalign.network import Backbone
 from selfalign.randomness import make_generator
-from selfalign.views import TokenGroups, patchify
+from selfalign.tokens import TokenGroups, one_group
 
 BINS = 10
 _SEED = 0  # not the run's: two runs compare on the same images, timesteps and noise
@@ -31,30 +31,56 @@ class HeldOutLoss:
     """The same of every bin."""
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class HeldOutErrors:
+    """Squared velocity errors of pairs of an image and a timestep, the same pairs for every model."""
+
+    errors: Float[Tensor, "S"]
+    """Mean over pixels and channels, in float64."""
+    images: Int[Tensor, "S"]
+    """Number of each pair's image."""
+    bins: Int[Tensor, "S"]
+    """Number of each pair's bin of t."""
+
+
 def heldout_loss(
-    model: SiT, split: Split, path: str, samples: int, batch_size: int = 256
+    model: Backbone, split: Split, path: str, samples: int, batch_size: int = 256
 ) -> HeldOutLoss:
-    """Evaluate a model's denoising loss.
+    """Evaluate a model's denoising loss on the pairs of `heldout_errors`, whose arguments it takes."""
+    return summarise(heldout_errors(model, split, path, samples, batch_size))
+
+
+@torch.no_grad()
+def heldout_errors(
+    model: Backbone,
+    split: Split,
+    path: str,
+    samples: int,
+    batch_size: int = 256,
+    with_labels: bool = True,
+) -> HeldOutErrors:
+    """Evaluate a model's denoising error, pair by pair.
 
     Sample i lies in bin i mod 10 of t and shows image (i + i div 10) mod M, so that bins are covered
     exactly evenly, and every image meets every bin; its timestep and noise are functions of i alone.
 
     Args:
-        model: evaluated in its own dtype, on its own device, with the true labels.
+        model: evaluated in its own dtype, on its own device.
         split: the held-out images.
         path: name of the path of Eq. 1.
         samples: pairs of image and timestep, rounded up to fill the bins evenly.
         batch_size: evaluated at once; has no effect on the samples.
+        with_labels: whether the model is told the true labels, or the null label.
     """
-    device, dtype = model.pos_embed.device, model.pos_embed.dtype
+    device, dtype = model.device, model.dtype
     samples = -(-samples // BINS) * BINS
     numbers = torch.arange(samples)
     bins, images = numbers % BINS, (numbers + numbers // BINS) % len(split)
-    groups = TokenGroups(order=None, sizes=(model.num_tokens,))
+    groups = one_group(model.num_tokens)
     errors = []
     for indices in numbers.split(batch_size):
         x0, labels = split.read(images[indices].tolist())
+        labels = labels if with_labels else torch.full_like(labels, model.null_label)
         # One generator per sample, so that no sample depends on the batch it is in.
         generators = [make_generator(_SEED, "heldout", i) for i in indices.tolist()]
         within = torch.cat([torch.rand(1, generator=g) for g in generators])
@@ -63,12 +89,17 @@ def heldout_loss(
         errors.append(
             _errors(model, path, x0.to(device, dtype), noise.to(device, dtype), t, labels, groups)
         )
-    error = torch.cat(errors).double().cpu()
-    by_bin = error.view(-1, BINS)
+    return HeldOutErrors(torch.cat(errors).double().cpu(), images, bins)
+
+
+def summarise(found: HeldOutErrors) -> HeldOutLoss:
+    """Means over all pairs and within bins of t, with their standard errors."""
+    images, bins = found.images, found.bins
+    by_bin = found.errors.view(-1, BINS)
     by_timestep = by_bin.mean(dim=0)
     # Within bins: what differs between bins is covered evenly, and no matter of chance. A mean that
     # was fitted to that many images takes up one degree of freedom.
-    fitted_to = min(len(by_bin), len(split))
+    fitted_to = min(len(by_bin), len(images.unique()))
     degrees_of_freedom = max(1, fitted_to - 1)
     residuals = (by_bin - by_timestep).flatten() * (fitted_to / degrees_of_freedom) ** 0.5
     return HeldOutLoss(
@@ -96,7 +127,7 @@ def _standard_error(residuals: Float[Tensor, "S"], images: Int[Tensor, "S"]) -> 
 
 
 def _errors(
-    model: SiT,
+    model: Backbone,
     path_name: str,
     x0: Tensor,
     noise: Tensor,
@@ -105,8 +136,7 @@ def _errors(
     groups: TokenGroups,
 ) -> Float[Tensor, "B"]:
     path = PATHS[path_name]
-    clean, noisy = patchify(x0, model.patch_size), patchify(noise, model.patch_size)
+    clean, noisy = model.grid.patchify(x0), model.grid.patchify(noise)
     xt = path.interpolate(clean, noisy, t[..., None])
-    velocity, _ = model(xt, t, labels.to(t.device), groups)
     target = path.velocity(clean, noisy, t[..., None])
-    return (velocity - target).square().mean(dim=(1, 2))
+    return velocity_error(model(xt, t, labels.to(t.device), groups).velocity, target)

@@ -4,6 +4,7 @@ import itertools
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,22 +14,29 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
-from selfalign.config import RunConfig, TrainingConfig
-from selfalign.data import DataSource, training_batches
-from selfalign.errors import UserError
-from selfalign.models.sit import SiT
+from selfalign.config import ResolvedConfig
+from selfalign.data.source import DataSource
+from selfalign.data.stream import BatchOfMicroStep, training_batches
+from selfalign.errors import Interrupted, UserError
+from selfalign.network import Backbone
 from selfalign.objective import Losses
-from selfalign.processes import together
+from selfalign.processes import open_accelerator, together
+from selfalign.records import read_json
+from selfalign.sections import TrainingConfig
+from selfalign.student import build_student
 from selfalign.training.checkpoint import (
+    WEIGHTS,
+    CheckpointState,
+    is_monitored,
     load_optimizer,
-    load_state,
     load_weights,
+    mark_monitored,
     save_checkpoint,
 )
 from selfalign.training.ema import EMA
+from selfalign.training.finite import explain
 from selfalign.training.step import TrainingStep, learning_rate, make_optimizer
 from selfalign.training.tracking import Metrics
 
@@ -39,16 +47,22 @@ PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 class TrainingState:
     """Everything a run is at some step."""
 
-    config: RunConfig
+    config: ResolvedConfig
     source: DataSource
     folder: Path
     accelerator: Accelerator
-    student: SiT
+    student: Backbone
     """The trained model, unwrapped."""
-    ema: EMA
+    ema: EMA[Backbone]
     optimizer: torch.optim.Optimizer
     step: int = 0
     """Optimizer steps done."""
+    saved_step: int | None = None
+    """That of the last checkpoint."""
+    monitored: bool = True
+    """Whether the monitors of the step that a run goes on from are through."""
+    skipped: int = 0
+    """Steps left out because they were not finite."""
     stopped_by: int | None = None
     """The signal that stopped the run before its last step."""
     metrics: Metrics | None = field(default=None, repr=False)
@@ -71,44 +85,65 @@ Progress = Callable[[TrainingState, dict[str, float]], None]
 """Told of the values of each logged step."""
 
 
-def train(
-    config: RunConfig,
+def begin(
+    config: ResolvedConfig,
     source: DataSource,
     folder: Path,
     accelerator: Accelerator,
-    *,
     checkpoint: Path | None = None,
+) -> TrainingState:
+    """The state that training starts from, or goes on from; nothing is written.
+
+    Args:
+        config: a resolved tree.
+        source: the data.
+        folder: the run's folder.
+        accelerator: from `make_accelerator`.
+        checkpoint: where to go on from; None starts anew.
+
+    Raises:
+        UserError: the checkpoint is damaged or of another model.
+    """
+    training = config.training
+    student = build_student(config).to(accelerator.device)
+    ema = EMA(student, training.ema_decay, training.ema_warmup)
+    optimizer = make_optimizer(config, student)
+    state = TrainingState(config, source, folder, accelerator, student, ema, optimizer)
+    if checkpoint is not None:
+        with together(accelerator):
+            _restore(state, checkpoint)
+    return state
+
+
+def train(
+    state: TrainingState,
     monitors: Sequence[Monitor] = (),
     progress: Progress = lambda state, values: None,
 ) -> TrainingState:
-    """Train a model, from the start or from a checkpoint, until the last step or a stop signal.
+    """Train until the last step or a stop signal.
 
     Whatever happens at step s is a function of the config and s; a run's state is therefore its step,
     weights, EMA and optimizer, and resuming changes nothing.
 
     Args:
-        config: a resolved tree.
-        source: the data.
-        folder: the run's folder, which exists.
-        accelerator: from `make_accelerator`.
-        checkpoint: where to go on from; None starts anew.
+        state: from `begin`; it is changed.
         monitors: called when their step has come, and at the end.
         progress: told of every logged step.
 
     Raises:
         UserError: the loss is no longer finite, or a file cannot be read or written.
     """
-    training = config.training
+    config, source, accelerator = state.config, state.source, state.accelerator
+    training, student = config.training, state.student
     shares = accelerator.num_processes * training.gradient_accumulation
-    student = SiT.from_config(config).to(accelerator.device)
-    ema = EMA(student, training.ema_decay, training.ema_warmup)
-    optimizer = make_optimizer(training, student)
-    state = TrainingState(config, source, folder, accelerator, student, ema, optimizer)
-    if checkpoint is not None:
-        with together(accelerator):
-            _restore(state, checkpoint)
-    take_step = TrainingStep(config, accelerator, student, ema, optimizer)
-    state.metrics = Metrics(folder, accelerator, state.step)
+    take_step = TrainingStep(
+        config, accelerator, student, state.ema, state.optimizer, state.skipped
+    )
+    with together(accelerator):
+        state.metrics = Metrics(state.folder, accelerator, state.step, state.monitored)
+    failed: set[type] = set()
+    if not state.monitored:
+        _watch(state, monitors, failed)
 
     first_step = state.step
     batches = training_batches(
@@ -138,6 +173,9 @@ def train(
 
             if state.step % training.log_every == 0 or state.step == training.steps:
                 values = _values(accelerator, losses, norm)
+                _require_finite(state, take_step)
+                if state.skipped:
+                    values["skipped_steps"] = state.skipped
                 values["learning_rate"] = learning_rate(training, step)
                 now = time.perf_counter()
                 seconds = (now - started) / (state.step - logged_step)
@@ -145,15 +183,14 @@ def train(
                 state.metrics.write(state.step, values)
                 progress(state, values)
                 started, logged_step = time.perf_counter(), state.step
-                state.stopped_by = _agree(accelerator, signals)
+                state.stopped_by = _agreed_stop_signal(accelerator, signals)
             elif accelerator.num_processes == 1:
-                state.stopped_by = _agree(accelerator, signals)
+                state.stopped_by = _agreed_stop_signal(accelerator, signals)
             before = time.perf_counter()
-            _visit(state, monitors)
+            if _saves(state, monitors):
+                _require_finite(state, take_step)
+            _run_monitors(state, monitors, failed)
             started += time.perf_counter() - before  # monitors do not count as training time
-    if state.stopped_by is not None and state.step < training.steps:
-        with together(accelerator):
-            _save(state)
     state.metrics.close()
     return state
 
@@ -164,14 +201,12 @@ def make_accelerator(training: TrainingConfig, folder: Path) -> Accelerator:
     Raises:
         UserError: the device lacks the precision, or the batch does not divide over the processes.
     """
-    # accelerate keeps the precision of a process's first run; every run has its own.
-    AcceleratorState._reset_state()
     refusal = (
         f"training.precision is {training.precision!r}: not on this device; fp32 runs everywhere"
     )
     try:
-        accelerator = Accelerator(
-            mixed_precision=PRECISIONS[training.precision],
+        accelerator = open_accelerator(
+            PRECISIONS[training.precision],
             log_with=list(training.trackers) or None,
             project_config=ProjectConfiguration(
                 str(folder), logging_dir=str(folder / "tensorboard")
@@ -193,13 +228,15 @@ def make_accelerator(training: TrainingConfig, folder: Path) -> Accelerator:
 
 
 def _restore(state: TrainingState, checkpoint: Path) -> None:
-    load_weights(checkpoint, state.student, "model.safetensors")
-    load_weights(checkpoint, state.ema.model, "ema.safetensors")
+    load_weights(checkpoint, state.student, WEIGHTS["raw"])
+    load_weights(checkpoint, state.ema.model, WEIGHTS["ema"])
     load_optimizer(checkpoint, state.student, state.optimizer)
-    saved = load_state(checkpoint)
-    state.step = saved["step"]
-    if state.accelerator.scaler is not None and saved.get("scaler"):
-        state.accelerator.scaler.load_state_dict(saved["scaler"])
+    saved = read_json(checkpoint / "state.json", CheckpointState)
+    state.step = state.saved_step = saved.step
+    state.skipped = saved.skipped
+    state.monitored = is_monitored(checkpoint)
+    if state.accelerator.scaler is not None and saved.scaler:
+        state.accelerator.scaler.load_state_dict(saved.scaler)
 
 
 def _save(state: TrainingState) -> None:
@@ -208,52 +245,115 @@ def _save(state: TrainingState) -> None:
         scaler = state.accelerator.scaler
         save_checkpoint(
             state.folder / "checkpoints",
-            state.step,
             state.student,
             state.ema.model,
             state.optimizer,
-            {"scaler": scaler.state_dict() if scaler is not None else None},
+            CheckpointState(
+                state.step,
+                scaler.state_dict() if scaler is not None else None,
+                state.skipped,
+            ),
             state.config.training.keep_checkpoints,
         )
+    state.saved_step = state.step
 
 
-def _visit(state: TrainingState, monitors: Sequence[Monitor]) -> None:
-    """Call monitors and checkpoint where their step has come.
+def _run_monitors(state: TrainingState, monitors: Sequence[Monitor], failed: set[type]) -> None:
+    """Checkpoint, and call monitors, where their step has come.
 
-    The checkpoint comes last: a run that is killed in between repeats what its monitors had not
-    finished, and leaves no gap in the curves. One that fails does not cost the checkpoint.
+    The checkpoint comes first, also before the first monitors of a run: whatever they do, it is there.
+    A run that is killed in between calls them when it is resumed.
     """
-    training = state.config.training
-    finished = state.step == training.steps
+    due, save = _due(state, monitors), _saves(state, monitors)
+    if save:
+        with together(state.accelerator):
+            _save(state)
+    if due and state.stopped_by is not None and not _is_finished(state):
+        return  # there may be little time left: they are called when the run goes on
+    if due or save:
+        _watch(state, monitors, failed)
 
-    def due(every: int) -> bool:
-        return finished or (every > 0 and state.step % every == 0)
 
-    monitors = [monitor for monitor in monitors if due(monitor.every)]
-    save = due(training.checkpoint_every)
-    if not monitors and not save:
-        return
+def _watch(state: TrainingState, monitors: Sequence[Monitor], failed: set[type]) -> None:
+    """Call the monitors whose step has come. One that fails costs what it was to show, not the run.
+
+    Args:
+        state: the run's.
+        monitors: all of them.
+        failed: kinds of monitors that have failed before, and were warned of.
+    """
     with together(state.accelerator):
-        try:
-            if state.accelerator.is_main_process:
-                for monitor in monitors:
-                    monitor(state)
-        finally:
-            if save:
-                _save(state)
+        if not state.accelerator.is_main_process:
+            return
+        for monitor in _due(state, monitors):
+            try:
+                monitor(state)
+            except (Exception, SystemExit) as error:  # noqa: BLE001 – also of other people's code
+                if type(monitor) not in failed:
+                    failed.add(type(monitor))
+                    warnings.warn(
+                        f"{type(monitor).__name__} failed at step {state.step}, and training goes on: "
+                        f"{type(error).__name__}: {error}",
+                        stacklevel=2,
+                    )
+        if state.saved_step == state.step:
+            mark_monitored(state.folder / "checkpoints", state.step)
+
+
+def _due(state: TrainingState, monitors: Sequence[Monitor]) -> list[Monitor]:
+    def is_due(every: int) -> bool:
+        return _is_finished(state) or (every > 0 and state.step % every == 0)
+
+    return [monitor for monitor in monitors if is_due(monitor.every)]
+
+
+def _saves(state: TrainingState, monitors: Sequence[Monitor]) -> bool:
+    """Whether the step that has been made is followed by a checkpoint."""
+    every = state.config.training.checkpoint_every
+    return (
+        _is_finished(state)
+        or state.stopped_by is not None
+        or (every > 0 and state.step % every == 0)
+        or (state.saved_step is None and bool(_due(state, monitors)))
+    )
+
+
+def _is_finished(state: TrainingState) -> bool:
+    return state.step >= state.config.training.steps
+
+
+def _require_finite(state: TrainingState, take_step: TrainingStep) -> None:
+    """Stop where steps have not been finite; all processes do, at the same step."""
+    config, accelerator = state.config, state.accelerator
+    state.skipped = take_step.finite.skipped()
+    first = take_step.finite.broken_since(state.step)
+    if first is None:
+        return
+    shares = accelerator.num_processes * config.training.gradient_accumulation
+    with together(accelerator):
+        if accelerator.is_main_process:
+            raise explain(
+                first,
+                config.training,
+                [
+                    BatchOfMicroStep(
+                        state.source.train,
+                        config.seed,
+                        config.training.batch_size // shares,
+                        rank,
+                        accelerator.num_processes,
+                    )
+                    for rank in range(accelerator.num_processes)
+                ],
+            )
 
 
 def _values(accelerator: Accelerator, losses: list[Losses], norm: torch.Tensor) -> dict[str, float]:
     """The step's losses, averaged over micro-batches and processes: the one place that waits."""
-    terms = [torch.stack([x.total, x.denoising.mean(), x.alignment]) for x in losses]
+    terms = [torch.stack([x.total, *x.means().values()]) for x in losses]
     mean = accelerator.reduce(torch.stack(terms).mean(dim=0).detach(), "mean")
-    total, denoising, alignment = mean.tolist()
-    return {
-        "loss": total,
-        "denoising_loss": denoising,
-        "alignment_loss": alignment,
-        "gradient_norm": float(norm),
-    }
+    names = ("loss", *(f"{name}_loss" for name in losses[0].terms))
+    return dict(zip(names, mean.tolist(), strict=True)) | {"gradient_norm": float(norm)}
 
 
 @contextmanager
@@ -263,7 +363,7 @@ def _stop_signals() -> Iterator[list[int]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         if signals:
-            raise KeyboardInterrupt
+            raise Interrupted(number)
         signals.append(number)
 
     # Only the main thread may change how signals are handled.
@@ -277,7 +377,7 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _agree(accelerator: Accelerator, signals: list[int]) -> int | None:
+def _agreed_stop_signal(accelerator: Accelerator, signals: list[int]) -> int | None:
     """The signal to stop for, if any process was sent one; all processes stop at the same step."""
     own = signals[0] if signals else 0
     if accelerator.num_processes == 1:

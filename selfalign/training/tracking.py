@@ -1,55 +1,128 @@
 """Metrics: a line of JSON per logged step, and accelerate's trackers."""
 
 import json
+import math
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from accelerate import Accelerator
+
+from selfalign.disk import reason, write_whole
+from selfalign.errors import UserError
+from selfalign.records import read_bytes
+
+MAX_BYTES = 2**32
+_NUMBER = int | float | None  # what is not finite is null in JSON
+_LINE = dict[Annotated[str, msgspec.Meta(max_length=200)], _NUMBER | str | list[_NUMBER]]
 
 
 class Metrics:
     """Writes `metrics.jsonl` and the trackers, from the main process only.
 
+    A tracker that fails is left alone from then on; training goes on.
+
     Args:
         folder: the run's folder.
         accelerator: knows the trackers and which process is the main one.
         step: steps done; lines after it, from before an interruption, are dropped.
+        monitored: whether the monitors of that step are through; if not, their lines are dropped.
+
+    Raises:
+        UserError: the file cannot be read or written.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, step: int) -> None:
+    def __init__(
+        self, folder: Path, accelerator: Accelerator, step: int, monitored: bool = True
+    ) -> None:
         self._path = folder / "metrics.jsonl"
         self._accelerator = accelerator
+        self._tracks = True
         if accelerator.is_main_process:
             kept = [
                 line
-                for line in (self._path.read_text().splitlines() if self._path.exists() else [])
-                if _step_of(line) <= step
+                for line in read_metrics(folder)
+                if line["step"] < step or (line["step"] == step and (monitored or "loss" in line))
             ]
-            self._path.write_text("".join(f"{line}\n" for line in kept))
-        accelerator.init_trackers("run", init_kwargs={"tensorboard": {"purge_step": step + 1}})
+            text = "".join(map(_as_line, kept))
+            write_whole(self._path, lambda partial: partial.write_text(text))
+        settings = {"tensorboard": {"purge_step": step + 1}}
+        self._track(lambda: accelerator.init_trackers("run", init_kwargs=settings))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Record values of a step; lists go to metrics.jsonl only."""
+        """Record values of a step; lists go to metrics.jsonl only.
+
+        Raises:
+            UserError: the disk is full or not writable.
+        """
         if self._accelerator.is_main_process:
-            with self._path.open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+            try:
+                with self._path.open("a") as file:
+                    file.write(_as_line({"step": step, **values}))
+            except OSError as error:
+                why = reason(error, self._path.parent)
+                raise UserError(f"{self._path} cannot be written: {why}") from error
         numbers = {name: value for name, value in values.items() if not isinstance(value, list)}
-        self._accelerator.log(numbers, step=step)
+        self._track(lambda: self._accelerator.log(numbers, step=step))
 
     def close(self) -> None:
         """Flush the trackers."""
-        self._accelerator.end_training()
+        self._track(self._accelerator.end_training)
+
+    def _track(self, act: Callable[[], object]) -> None:
+        if not self._tracks:
+            return
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001 – trackers are other people's code and servers
+            self._tracks = False
+            warnings.warn(
+                f"trackers get no more values, metrics.jsonl does: {type(error).__name__}: {error}",
+                stacklevel=2,
+            )
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a line cut off by a crash is left out."""
+    """The lines of a run's metrics.jsonl; those that a crash has cut off or damaged are left out.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if _step_of(line) != float("inf")]
+    if not path.exists():
+        return []
+    lines = map(_parse, read_bytes(path, MAX_BYTES).splitlines())
+    return [line for line in lines if line is not None]
 
 
-def _step_of(line: str) -> float:
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A line's values; None for a damaged one."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return float("inf")
+        values = msgspec.convert(json.loads(line), _LINE)
+        step = values["step"]
+    except (ValueError, KeyError, RecursionError):  # msgspec's errors are ValueErrors
+        return None
+    if not isinstance(step, int) or not 0 <= step < 2**53:
+        return None
+    return {name: _from_json(value) for name, value in values.items()}
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_from_json(number) for number in value]
+    return math.nan if value is None else value
+
+
+def _as_line(values: dict[str, Any]) -> str:
+    return json.dumps(_to_json(values)) + "\n"
+
+
+def _to_json(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    if isinstance(value, dict):
+        return {name: _to_json(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_to_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

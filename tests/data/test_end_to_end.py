@@ -10,10 +10,11 @@ from small_images import FASHION_MNIST
 
 from selfalign import recipe, resolve
 from selfalign.cli import main
-from selfalign.config import DataConfig
-from selfalign.data import open_data
+from selfalign.data.datasets import open_data
 from selfalign.data.files import read_mnist
-from selfalign.sampling.generate import SamplingConfig, generate, to_uint8
+from selfalign.sampling.generate import generate, to_uint8
+from selfalign.sampling.settings import SamplingConfig
+from selfalign.sections import DataConfig
 from selfalign.training.loop import make_accelerator, train
 
 

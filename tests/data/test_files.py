@@ -4,6 +4,7 @@ import gzip
 import os
 import pickle
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ import torch
 import torchvision
 
 from selfalign import UserError
-from selfalign.config import DataConfig
-from selfalign.data import open_data
+from selfalign.data.datasets import open_data
+from selfalign.sections import DataConfig
 
 MNIST_FILES = (
     "train-images-idx3-ubyte",
@@ -346,3 +347,73 @@ class TestDigits:
         # pinned: another split would make held-out losses of two releases incomparable
         assert a.heldout.read(range(12))[1].tolist() == [3, 2, 7, 0, 6, 0, 7, 0, 9, 0, 9, 0]
         assert set(a.heldout.read(range(400))[1].tolist()) == set(range(10))
+
+
+class Zeros:
+    """A file of gzipped zeros, of any size, in little memory."""
+
+    @staticmethod
+    def write(path, size, start=b""):
+        with gzip.open(path, "wb", compresslevel=1) as file:
+            file.write(start)
+            for _ in range(size // 10**7):
+                file.write(bytes(10**7))
+
+
+class TestBombs:
+    """More than a file of its kind holds is not unpacked."""
+
+    @pytest.mark.parametrize("honest", [True, False])
+    def test_of_mnist(self, tmp_path, honest):
+        write_mnist(tmp_path)
+        (tmp_path / MNIST_FILES[0]).unlink()
+        sides = (4_000_000, 28, 28) if honest else (12, 28, 28)
+        start = bytes([0, 0, 8, 3]) + struct.pack(">3I", *sides)
+        Zeros.write(tmp_path / f"{MNIST_FILES[0]}.gz", 2 * 10**8, start)
+        message = one_line_error(tmp_path, "mnist")
+        assert "promises 3,136,000,000 bytes" in message or "more than that" in message
+
+    def test_of_cifar(self, tmp_path):
+        for name in CIFAR_FILES:
+            Zeros.write(tmp_path / f"{name}.gz", 10**8)
+        assert "more than 67,108,864 bytes" in one_line_error(tmp_path, "cifar10")
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            pickle.dumps({b"data": [0], b"labels": [0]}, 0)[:-1] + b"r\xff\xff\xff\x7f.",
+            b"cnumpy\nndarray\n((I3000000000000\nt(lp0\ntR.",
+            pickle.dumps({b"data": np.zeros(3072), b"labels": [0]}),
+            pickle.dumps({b"data": np.zeros(3072, np.uint8), b"labels": [[0] * 9] * 9}),
+            pickle.dumps({b"data": np.zeros(3072, np.uint8), b"labels": [10**30]}),
+        ],
+    )
+    def test_pickles_that_ask_for_memory_or_hold_something_else(self, tmp_path, content):
+        for name in CIFAR_FILES:
+            (tmp_path / name).write_bytes(content)
+        assert "is not a CIFAR-10 batch" in one_line_error(tmp_path, "cifar10")
+
+
+class TestDownloads:
+    def test_a_failed_one_leaves_nothing(self, tmp_path, monkeypatch):
+        def begin(root, download):
+            (Path(root) / "MNIST" / "raw").mkdir(parents=True)
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(torchvision.datasets, "MNIST", begin)
+        (tmp_path / "there").mkdir()
+        for root in (tmp_path / "there", tmp_path / "new"):
+            assert "No space left on device" in one_line_error(root, "mnist")
+        assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+    def test_a_whole_one_is_kept(self, tmp_path, monkeypatch):
+        def finish(root, download):
+            write_mnist(Path(root) / "MNIST" / "raw")
+
+        monkeypatch.setattr(torchvision.datasets, "MNIST", finish)
+        (tmp_path / "MNIST" / "raw").mkdir(parents=True)  # of an attempt that broke off
+        assert len(open_mnist(tmp_path).train) == 12
+        assert [path.name for path in tmp_path.iterdir()] == ["MNIST"]
+
+    def test_a_place_that_cannot_be_written(self):
+        assert "could not be downloaded" in one_line_error("/proc/data", "mnist")

@@ -1,4 +1,8 @@
-"""Folders of images: labels, splits, every colour mode, and what cannot be read."""
+"""Folders of images: labels, splits, every colour mode, what cannot be read, and what changes."""
+
+import errno
+import gzip
+import shutil
 
 import numpy as np
 import pytest
@@ -6,9 +10,14 @@ import torch
 from PIL import Image
 
 from selfalign import UserError
-from selfalign.config import DataConfig
-from selfalign.data import open_data
-from selfalign.data.folder import centre_crop
+from selfalign.data import folder
+from selfalign.data.contents import Recorded, describe_changes, read_contents, write_contents
+from selfalign.data.datasets import open_data
+from selfalign.data.images import centre_crop
+from selfalign.data.latents.sources import open_source
+from selfalign.data.splits import split_by_hash
+from selfalign.data.stream import training_batches
+from selfalign.sections import DataConfig
 
 
 def picture(size=(20, 16), mode="RGB", seed=0):
@@ -248,6 +257,11 @@ class TestRefusals:
         message = one_line_error(lambda: open_folder(tmp_path / "nowhere"))
         assert str(tmp_path / "nowhere") in message
 
+    @pytest.mark.parametrize("root", ["x" * 5_000, "a\0b", "/dev/null", "/dev/null/x"])
+    def test_names_that_no_folder_can_have(self, root):
+        one_line_error(lambda: open_folder(root))
+        one_line_error(lambda: open_source(root))
+
     def test_a_file_instead_of_a_folder_is_named(self, tmp_path):
         path = save(tmp_path / "image.png")
         assert str(path) in one_line_error(lambda: open_folder(path))
@@ -270,10 +284,10 @@ class TestRefusals:
     )
     def test_files_that_are_no_images_are_named(self, tmp_path, content):
         fill(tmp_path, ("cat",), 4)
-        for path in (tmp_path / "cat").iterdir():
-            path.write_bytes(content)
         split = open_folder(tmp_path).train
+        files_of(split)[1].write_bytes(content)
         assert str(files_of(split)[1]) in one_line_error(lambda: split.read([1]))
+        assert str(files_of(split)[1]) in one_line_error(lambda: open_folder(tmp_path))
 
     @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
     @pytest.mark.parametrize("suffix", [".png", ".jpg", ".gif", ".bmp", ".webp", ".tif", ".ppm"])
@@ -312,3 +326,197 @@ class TestRefusals:
         split = open_folder(tmp_path).train
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
         assert str(files_of(split)[0]) in one_line_error(lambda: split.read([0]))
+
+
+class TestRareClasses:
+    def test_keep_a_training_image(self, tmp_path):
+        for label in range(30):
+            fill(tmp_path, (f"c{label:02}",), 40 if label == 0 else 1)
+        source = open_folder(tmp_path)
+        assert source.summary.untrained == ()
+        assert len(source.heldout) == 6
+        assert set(source.heldout.labels.tolist()) == {0}
+
+    def test_where_none_is_rare_the_split_is_that_of_version_0_1_0(self):
+        names = [f"{label}/{number}.png" for label in "ab" for number in range(50)]
+        labels = [0] * 50 + [1] * 50
+        assert split_by_hash(names, 0.1, labels) == split_by_hash(names, 0.1)
+
+    def test_one_is_held_out_even_where_all_are_rare(self):
+        train, heldout = split_by_hash(["a/1", "b/1", "c/1"], 0.1, [0, 1, 2])
+        assert len(train) == 2 and len(heldout) == 1
+
+    def test_a_run_of_version_0_1_0_keeps_its_split(self, tmp_path):
+        for label in range(30):
+            fill(tmp_path, (f"c{label:02}",), 40 if label == 0 else 1)
+        now = open_folder(tmp_path)
+        former = now.fingerprint.removesuffix("-c")
+        config = DataConfig(name="folder", root=str(tmp_path), image_size=8)
+        source = open_data(config, Recorded(former))
+        assert source.fingerprint == former
+        assert source.summary.untrained
+        assert any("no training image" in line for line in source.summary.lines())
+
+
+class TestUnreadable:
+    def spoil(self, root):
+        fill(root, ("cat", "dog"), 10)
+        path = root / "cat" / "003.png"
+        path.write_bytes(path.read_bytes()[:60])
+        return path
+
+    def test_is_named_when_a_small_folder_is_opened(self, tmp_path):
+        path = self.spoil(tmp_path)
+        assert f"{path} is not a readable image" in one_line_error(lambda: open_folder(tmp_path))
+
+    def test_another_image_stands_in_and_the_rest_keep_their_places(self, tmp_path):
+        fill(tmp_path, ("cat", "dog"), 10)
+        whole = open_folder(tmp_path).train
+        self.spoil(tmp_path)
+        source = open_folder(tmp_path, skip_unreadable=True)
+        assert source.left_out["unreadable"] == 1
+        for split in (source.train, source.heldout):
+            assert split.read(range(len(split)))[0].isfinite().all()
+        assert files_of(source.train) == files_of(whole)
+        place = files_of(whole).index(tmp_path / "cat" / "003.png")
+        others = [index for index in range(len(whole)) if index != place]
+        assert torch.equal(source.train.read(others)[0], whole.read(others)[0])
+        following = (place + 1) % len(whole)
+        image, label = source.train.read([place])
+        assert torch.equal(image, whole.read([following])[0])
+        assert label.item() == whole.labels[following]
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_one_found_late_is_warned_of_from_any_process(self, tmp_path, monkeypatch, workers):
+        monkeypatch.setattr(folder, "CHECK_SECONDS", -1)
+        path = self.spoil(tmp_path)
+        split = open_folder(tmp_path, skip_unreadable=True).train
+        with pytest.warns(UserWarning, match="003.png is not a readable image.*stands in for it"):
+            batches = list(
+                training_batches(split, seed=0, batch_size=6, first=0, last=3, workers=workers)
+            )
+        assert len(batches) == 3
+        split = open_folder(tmp_path).train
+        place = files_of(split).index(path)
+        assert str(path) in one_line_error(lambda: split.read([place]))
+
+    def test_a_machine_that_fails_is_no_reason_to_leave_an_image_out(self, tmp_path, monkeypatch):
+        fill(tmp_path, ("cat",), 4)
+        split = open_folder(tmp_path, skip_unreadable=True).train
+
+        def fail(path, **settings):
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(Image, "open", fail)
+        assert "cannot be read: [Errno 5]" in one_line_error(lambda: split.read([0]))
+
+
+class TestChanges:
+    def recorded(self, root):
+        source = open_folder(root)
+        return source, Recorded(source.fingerprint, source.contents)
+
+    def reopen(self, root, recorded):
+        return open_data(DataConfig(name="folder", root=str(root), image_size=8), recorded)
+
+    def test_nothing_changed(self, tmp_path):
+        fill(tmp_path / "here")
+        source, recorded = self.recorded(tmp_path / "here")
+        (tmp_path / "here").rename(tmp_path / "there")
+        again = self.reopen(tmp_path / "there", recorded)
+        assert again.fingerprint == source.fingerprint
+        assert describe_changes(source.contents, again.contents) == ""
+
+    def test_repaired_removed_and_new_images(self, tmp_path):
+        fill(tmp_path)
+        source, recorded = self.recorded(tmp_path)
+        paths = files_of(source.train)
+        repaired, removed, kept = paths[2], paths[5], paths[7]
+        save(repaired, size=(30, 30))
+        removed.unlink()
+        save(tmp_path / "cat" / "new.png")
+        again = self.reopen(tmp_path, recorded)
+        assert again.fingerprint != source.fingerprint
+        assert files_of(again.train) == paths
+        assert files_of(again.heldout) == files_of(source.heldout)
+        assert torch.equal(again.train.read([7])[0], source.train.read([7])[0])
+        assert torch.equal(again.train.read([5])[0], source.train.read([6])[0])
+        assert kept.exists()
+        names = [path.relative_to(tmp_path).as_posix() for path in (removed, repaired)]
+        said = describe_changes(source.contents, again.contents)
+        assert said == f"{names[0]} is gone; {names[1]} is of another size"
+        assert again.left_out["new since the run began"] == 1
+        assert again.left_out["gone since the run began"] == 1
+        # what was accepted is what the next resuming compares with
+        third = self.reopen(tmp_path, Recorded(again.fingerprint, again.contents))
+        assert third.fingerprint == again.fingerprint
+        assert describe_changes(again.contents, third.contents) == ""
+        assert "cat/new.png is new" in describe_changes(
+            source.contents, open_folder(tmp_path).contents
+        )
+
+    def test_a_class_that_is_gone_renumbers_nothing(self, tmp_path):
+        fill(tmp_path)
+        _, recorded = self.recorded(tmp_path)
+        shutil.rmtree(tmp_path / "cat")
+        again = self.reopen(tmp_path, recorded)
+        assert again.class_names == ("cat", "dog", "emu")
+        dogs = [i for i, path in enumerate(files_of(again.train)) if path.parent.name == "dog"]
+        assert set(again.train.read(dogs)[1].tolist()) == {1}
+
+    def test_the_record_comes_back(self, tmp_path):
+        fill(tmp_path / "images", ("caf\udce9", "a\nb"), 3)
+        contents = open_folder(tmp_path / "images").contents
+        write_contents(tmp_path / "record", contents)
+        assert read_contents(tmp_path / "record") == contents
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"",
+            b"no gzip",
+            gzip.compress(b"{"),
+            gzip.compress(b"[]"),
+            gzip.compress(b'{"class_names": [], "names": ["a"], "labels": [0], "sizes": [1]}'),
+            gzip.compress(
+                b'{"class_names": [], "names": ["a", "a"], "labels": [0, 0], "sizes": [1, 1]}'
+            ),
+            gzip.compress(
+                b'{"class_names": [], "names": ["a", "b"], "labels": [0, 9], "sizes": [1, 1]}'
+            ),
+            gzip.compress(
+                b'{"class_names": [], "names": ["a", "b"], "labels": [0, -1], "sizes": [1, 1]}'
+            ),
+            gzip.compress(b"[" * 100_000),
+            gzip.compress(bytes(2**28 + 2), 9),
+        ],
+    )
+    def test_a_damaged_record_is_named(self, tmp_path, content):
+        (tmp_path / "record").write_bytes(content)
+        assert "record cannot be read" in one_line_error(lambda: read_contents(tmp_path / "record"))
+
+
+def test_transparency_is_composed_onto_the_background(tmp_path):
+    for number in range(2):
+        save(tmp_path / f"{number}.png", Image.new("RGBA", (8, 8), (10, 20, 30, 0)))
+    white = open_folder(tmp_path)
+    red = open_folder(tmp_path, background="#ff0000")
+    assert (white.train.read([0])[0] == 1).all()
+    assert red.train.read([0])[0][0, :, 0, 0].tolist() == [1, -1, -1]
+    assert white.fingerprint != red.fingerprint
+
+
+@pytest.mark.parametrize("colour", ["no colour", "", "#12", "#ff000080", "rgba(0, 0, 0, 0)"])
+def test_backgrounds_that_are_none(colour):
+    assert "data.background" in one_line_error(lambda: DataConfig(background=colour))
+
+
+def test_the_summary_says_what_was_found(tmp_path):
+    fill(tmp_path, ("cat",), 3)
+    fill(tmp_path, ("dog",), 8)
+    (tmp_path / "cat" / "notes.txt").write_text("")
+    (tmp_path / "cat" / ".hidden.png").write_text("")
+    assert open_folder(tmp_path).summary.lines() == [
+        "10 images to train on, 1 held out, 2 classes of 3 ('cat') to 8 ('dog')",
+        "left out: 1 .txt, 1 hidden or of the system",
+    ]

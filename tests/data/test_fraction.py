@@ -2,8 +2,8 @@
 
 import torch
 
-from selfalign.config import DataConfig
-from selfalign.data import open_data
+from selfalign.data.datasets import open_data
+from selfalign.sections import DataConfig
 
 
 def _images(fraction: float) -> torch.Tensor:

@@ -1,14 +1,24 @@
 """Decoding and cropping: ADM's crop, and images as people really have them."""
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from selfalign.data.folder import centre_crop, open_folder, read_image
+from selfalign.data.datasets import open_data
+from selfalign.data.images import (
+    UnreadableImageError,
+    centre_crop,
+    decode_image,
+    open_image,
+    read_image,
+)
 from selfalign.errors import UserError
+from selfalign.sections import DataConfig
 
 
 def noise(width: int, height: int, channels: int = 3) -> np.ndarray:
@@ -87,5 +97,212 @@ def test_damaged_files_are_read_or_refused_by_name(tmp_path: Path, kind: str):
 def test_folder_with_names_that_are_not_utf8(tmp_path: Path):
     for i in range(2):
         Image.fromarray(noise(9, 9)).save(tmp_path / f"\udcff{i}.png")
-    train, heldout, _, _ = open_folder(tmp_path, 8, flip=False)
-    assert len(train) == len(heldout) == 1
+    source = open_data(DataConfig(name="folder", root=str(tmp_path), image_size=8))
+    assert len(source.train) == len(source.heldout) == 1
+
+
+# The same picture, however it is stored
+
+GREY = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+DEEP = GREY.astype(np.uint16) * 257
+
+
+def tiff(
+    values: np.ndarray | bytes, bits: int, white_is_zero: bool = False, sample_format: int = 1
+) -> bytes:
+    """A grey TIFF of 8×8, in the byte order of the values."""
+    big = isinstance(values, np.ndarray) and values.dtype.byteorder == ">"
+    order = ">" if big else "<"
+    data = values if isinstance(values, bytes) else values.tobytes()
+    entries = [
+        (256, "H", 8),
+        (257, "H", 8),
+        (258, "H", bits),
+        (259, "H", 1),
+        (262, "H", int(not white_is_zero)),
+        (273, "I", 8),
+        (277, "H", 1),
+        (278, "H", 8),
+        (279, "I", len(data)),
+        (339, "H", sample_format),
+    ]
+    packed = [
+        struct.pack(f"{order}HHI", tag, 3 if kind == "H" else 4, 1)
+        + struct.pack(order + kind, value).ljust(4, b"\0")
+        for tag, kind, value in entries
+    ]
+    head = (b"MM" if big else b"II") + struct.pack(f"{order}HI", 42, 8 + len(data))
+    return head + data + struct.pack(f"{order}H", len(entries)) + b"".join(packed) + bytes(4)
+
+
+def png(pixels: np.ndarray, colour: int, transparent: bytes = b"") -> bytes:
+    """A PNG of 16 bits, 8×8."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + checksum
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    return b"".join(
+        [
+            b"\x89PNG\r\n\x1a\n",
+            chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, colour, 0, 0, 0)),
+            chunk(b"tRNS", transparent) if transparent else b"",
+            chunk(b"IDAT", zlib.compress(rows)),
+            chunk(b"IEND", b""),
+        ]
+    )
+
+
+def saved(kind: str, mode: str, **settings: object) -> bytes:
+    """The picture as Pillow writes it."""
+    image = Image.fromarray(DEEP) if mode == "I;16" else Image.fromarray(GREY)
+    if mode == "P":
+        image = image.convert(mode)  # by way of RGB, Pillow would choose other colours
+    elif mode not in ("L", "I;16"):
+        image = image.convert("RGB").convert(mode)
+    file = io.BytesIO()
+    image.save(file, kind, **settings)
+    return file.getvalue()
+
+
+def decoded(content: bytes, size: int | None = None, background: str = "white") -> np.ndarray:
+    return decode_image(
+        lambda: open_image(io.BytesIO(content)), "the image", size, background
+    ).numpy()
+
+
+DEEP_RGB = np.repeat(DEEP[..., None], 3, axis=2)
+SAME = {
+    "16 bits, TIFF": tiff(DEEP, 16),
+    "16 bits, TIFF, big-endian": tiff(DEEP.astype(">u2"), 16),
+    "16 bits, TIFF, white is 0": tiff(65535 - DEEP, 16, white_is_zero=True),
+    "8 bits, TIFF, white is 0": tiff(255 - GREY, 8, white_is_zero=True),
+    "floats, TIFF": tiff((GREY / 255).astype("<f4"), 32, sample_format=3),
+    "floats, TIFF, big-endian": tiff((GREY / 255).astype(">f4"), 32, sample_format=3),
+    "floats, TIFF, white is 0": tiff((1 - GREY / 255).astype("<f4"), 32, True, 3),
+    "12 bits, TIFF": tiff(
+        np.packbits(
+            [int(bit) for v in GREY.ravel() for bit in f"{round(int(v) / 255 * 4095):012b}"]
+        ).tobytes(),
+        12,
+    ),
+    "16 bits, PNG": png(DEEP, 0),
+    "16 bits, PNG, colour": png(DEEP_RGB, 2),
+    "16 bits, PNG, alpha": png(np.stack([DEEP, np.full_like(DEEP, 65535)], -1), 4),
+    "16 bits, PNG, a transparent colour of another upper byte": png(
+        DEEP_RGB, 2, struct.pack(">HHH", 255, 255, 255)
+    ),
+    "16 bits, PGM": b"P5\n8 8\n65535\n" + DEEP.astype(">u2").tobytes(),
+    "PGM up to 1000": b"P5\n8 8\n1000\n" + (GREY / 255 * 1000).round().astype(">u2").tobytes(),
+    "floats, PFM": b"Pf\n8 8\n-1.0\n" + np.flipud(GREY / 255).astype("<f4").tobytes(),
+    **{
+        f"{kind} {mode}": saved(kind, mode)
+        for kind in ("PNG", "TIFF")
+        for mode in ("L", "P", "RGB")
+    },
+    **{f"{kind} {mode}": saved(kind, mode) for kind in ("PNG", "TIFF") for mode in ("LA", "RGBA")},
+    **{f"{kind} I;16": saved(kind, "I;16") for kind in ("PNG", "TIFF", "JPEG2000")},
+    **{f"{kind} L": saved(kind, "L") for kind in ("BMP", "GIF", "TGA", "PCX", "PPM", "JPEG2000")},
+    "TIFF CMYK": saved("TIFF", "CMYK"),
+    "WEBP RGBA": saved("WEBP", "RGBA", lossless=True),
+    "BMP RGBA": saved("BMP", "RGBA"),
+}
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_the_same_picture_gives_the_same_pixels(kind: str):
+    assert np.array_equal(decoded(SAME[kind]), np.broadcast_to(GREY, (3, 8, 8)))
+
+
+REFUSED = {
+    "8 bits, signed": tiff((GREY.astype(int) - 128).astype("i1"), 8, sample_format=2),
+    "16 bits, signed": tiff((DEEP // 2).astype("<i2"), 16, sample_format=2),
+    "32 bits": tiff((GREY.astype(np.uint64) * 0x1010101).astype("<u4"), 32),
+    "32 bits, signed": tiff(GREY.astype(">i4"), 32, sample_format=2),
+    "floats to 255": tiff(GREY.astype("<f4"), 32, sample_format=3),
+    "floats below 0": tiff((GREY / 127.5 - 1).astype("<f4"), 32, sample_format=3),
+    "NaN": tiff(np.full((8, 8), np.nan, "<f4"), 32, sample_format=3),
+    "floats of 64 bits": tiff(GREY / 255, 64, sample_format=3),
+    "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_does_not_say_how_bright_it_is_is_refused_by_name(kind: str):
+    with pytest.raises(UnreadableImageError, match="the image is not a readable image: "):
+        decoded(REFUSED[kind])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        png(DEEP, 0, struct.pack(">H", DEEP[0, 0])),
+        png(DEEP_RGB, 2, struct.pack(">HHH", *[DEEP[0, 0]] * 3)),
+        saved("PNG", "L", transparency=int(GREY[0, 0])),
+        saved("GIF", "L", transparency=int(GREY[0, 0])),
+    ],
+)
+def test_a_transparent_colour_shows_the_background(content: bytes):
+    expected = np.where(GREY[0, 0] == GREY, [[[255]], [[0]], [[0]]], GREY)
+    assert np.array_equal(decoded(content, background="red"), expected)
+
+
+def test_half_transparent_pixels_are_mixed_before_they_are_resized():
+    pixels = np.zeros((16, 16, 4), np.uint8)  # black where it can be seen, and that is a half
+    pixels[:, 8:] = (0, 255, 0, 0)
+    pixels[:, :8, 3] = 128
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    found = decoded(file.getvalue(), 8, "white")
+    assert abs(found[:, :, :3].astype(int) - 127).max() <= 1  # not green
+    assert (found[:, :, 5:] == 255).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_the_cameras_orientation_is_applied(kind: str, orientation: int):
+    upright = np.zeros((6, 10, 3), np.uint8)
+    upright[:3, :5] = 255  # bright in the upper left
+    turned = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: upright.transpose(1, 0, 2)[::-1],
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+        8: upright.transpose(1, 0, 2)[:, ::-1],
+    }[orientation]
+    # 6: the camera stored its picture turned by 90° to the left, so that rows are columns from below
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    settings = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
+    Image.fromarray(np.ascontiguousarray(turned)).save(file, kind, exif=exif, **settings)
+    found = decoded(file.getvalue())
+    assert found.shape == (3, 6, 10)
+    assert abs(found.transpose(1, 2, 0).astype(int) - upright).max() < 60
+
+
+def test_damaged_tags_do_not_make_an_image_unreadable():
+    file = io.BytesIO()
+    Image.fromarray(noise(9, 9)).save(file, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert decoded(file.getvalue(), 8).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_of_several_pictures_it_is_the_first(kind: str):
+    first, second = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    file = io.BytesIO()
+    settings = {"lossless": True} if kind == "WEBP" else {}
+    first.save(file, kind, save_all=True, append_images=[second], **settings)
+    assert decoded(file.getvalue())[:, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_a_bomb_of_pixels_is_refused_before_it_is_unpacked():
+    content = bytearray(png(DEEP, 0))
+    content[16:24] = struct.pack(">II", 50_000, 50_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    with pytest.raises(UnreadableImageError, match="decompression bomb"):
+        decoded(bytes(content))

@@ -1,6 +1,5 @@
 """Training reads a stored set: sampled from the posteriors, in order, from anywhere."""
 
-import dataclasses
 import errno
 import json
 import os
@@ -10,15 +9,22 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
+import xxhash
 
-from selfalign.config import DataConfig
-from selfalign.data import DataSource, open_data, training_batches
-from selfalign.data.latents import PrepareConfig, prepare, store
+from selfalign.data.datasets import open_data
+from selfalign.data.latents import store
 from selfalign.data.latents.autoencoder import load_autoencoder
+from selfalign.data.latents.prepare import prepare
+from selfalign.data.latents.settings import PrepareConfig
+from selfalign.data.source import DataSource
+from selfalign.data.stream import training_batches
 from selfalign.errors import UserError
+from selfalign.records import write_json
+from selfalign.sections import DataConfig
 
 
 def opened(root: Path, **settings) -> DataSource:
@@ -34,6 +40,8 @@ def write_set(root: Path, records: np.ndarray, shard: int, **layout) -> Path:
         path = root / f"shard-{first // shard:05d}.bin"
         part.tofile(path)
         shards.append(store.Shard(path.name, len(part), store.file_sha256(path)))
+        sums = [xxhash.xxh3_64_intdigest(view.tobytes()) for record in part for view in record]
+        np.array(sums, "<u8").tofile(root / shards[-1].checksums)
     index = np.zeros((len(records), 2), np.int32)
     index[:, 0] = np.arange(len(records))
     index[0, 1] = 1
@@ -41,7 +49,7 @@ def write_set(root: Path, records: np.ndarray, shard: int, **layout) -> Path:
     described = store.Layout(
         **{
             "kind": "moments",
-            "image_size": 8,
+            "image_size": 256,
             "dtype": str(records.dtype),
             "shape": records.shape[1:],
             "scale": 0.5,
@@ -56,8 +64,10 @@ def write_set(root: Path, records: np.ndarray, shard: int, **layout) -> Path:
             **layout,
         }
     )
-    manifest = store.Manifest(described, tuple(shards), store.file_sha256(root / "index.npy"), ())
-    store.write_json(root / "manifest.json", manifest)
+    manifest = store.Manifest(
+        described, tuple(shards), store.file_sha256(root / "index.npy"), (), {}, "xxh3_64"
+    )
+    write_json(root / "manifest.json", manifest)
     return root
 
 
@@ -222,6 +232,95 @@ def test_unfinished_and_damaged_sets(tmp_path: Path, moments: np.ndarray):
         opened(root)
 
 
+@pytest.mark.parametrize("view", [0, 1])
+@pytest.mark.parametrize("record", [0, 5, 10])
+def test_a_changed_bit_is_found(tmp_path: Path, moments: np.ndarray, record: int, view: int):
+    """When a small set is opened, and in a large one when the record is read."""
+    root = write_set(tmp_path / "set", moments, 4)
+    source = opened(root, flip=True)
+    path = root / f"shard-{record // 4:05d}.bin"
+    content = bytearray(path.read_bytes())
+    content[(record % 4 * 2 + view) * 128 + 77] ^= 64
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{path.name} is damaged"):
+        opened(root)
+    split = source.heldout if record == 0 else source.train
+    if record == 0 and view == 1:
+        split.read([0])  # held-out images are not mirrored
+        return
+    with pytest.raises(UserError, match=rf"{path.name} is damaged: .*--verify"):
+        split.read([max(0, record - 1)], [view])
+
+
+def test_sets_of_version_0_1_0_are_read(tmp_path: Path, moments: np.ndarray):
+    root = write_set(tmp_path / "set", moments, 4)
+    expected, latents = opened(root).fingerprint, opened(root).train.read([1])[0]
+    manifest = json.loads((root / "manifest.json").read_text())
+    del manifest["layout"]["background"], manifest["record_checksums"], manifest["left_out"]
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    for path in root.glob("*.xxh3"):
+        path.unlink()
+    source = opened(root)
+    assert source.fingerprint == expected
+    assert torch.equal(source.train.read([1])[0], latents)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[(("layout",), value) for value in (None, 5, [], {})],
+        *[(("layout", "kind"), value) for value in ("pixels", "x", None)],
+        *[(("layout", "dtype"), value) for value in ("float32", "int64", "object", "<U9", 3)],
+        *[(("layout", "scale"), value) for value in ("x", None, 0, 10**400, True)],
+        *[(("layout", "shape"), value) for value in ([2, 4, 4], [2, 4, 4, -4], [2, 10**12, 4, 4])],
+        *[(("layout", "shape"), value) for value in ([2, 3, 4, 4], [9, 4, 4, 4], "2444")],
+        *[(("layout", "class_names"), value) for value in ([], ["a"], [["x"]] * 11, "text")],
+        *[(("layout", "images"), value) for value in (-1, 10**30, 1.5)],
+        (("layout", "image_size"), 0),
+        (("layout", "more"), 1),
+        *[(("shards",), value) for value in ([], 5, None, [5])],
+        *[(("shards", 0, "file"), value) for value in ("/dev/zero", "../x", 5, "", "shard-1.bin")],
+        *[(("shards", 0, "records"), value) for value in (-1, 10**15, "4", None)],
+        *[(("shards", 0, "sha256"), value) for value in (5, "x")],
+        *[(("index_sha256",), value) for value in (5, None, "0" * 64)],
+        *[(("format",), value) for value in (0, 2, "x", None)],
+        (("more",), 1),
+    ],
+)
+def test_manifests_that_are_wrong(tmp_path: Path, moments: np.ndarray, field: tuple, value: object):
+    root = write_set(tmp_path / "set", moments, 4)
+    path = root / "manifest.json"
+    manifest = json.loads(path.read_text())
+    place = manifest
+    for key in field[:-1]:
+        place = place[key]
+    place[field[-1]] = value
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError) as error:
+        opened(root)
+    assert "\n" not in str(error.value) and str(root) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [(0, -5, "labels from -5"), (0, 999, "labels from 1 to 999"), (1, 2, "allowed are 0 and 1")],
+)
+def test_indexes_that_are_wrong(
+    tmp_path: Path, moments: np.ndarray, column: int, value: int, said: str
+):
+    root = write_set(tmp_path / "set", moments, 4)
+    index = np.load(root / "index.npy")
+    index[0, column] = value
+    np.save(root / "index.npy", index)
+    with pytest.raises(UserError, match=r"index\.npy is damaged: its checksum"):
+        opened(root)
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest["index_sha256"] = store.file_sha256(root / "index.npy")
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=said):
+        opened(root)
+
+
 # The autoencoder
 
 
@@ -298,10 +397,16 @@ def test_all_of_imagenet_opens_at_once(tmp_path: Path):
         shards.append(store.Shard(f"shard-{number:05d}.bin", records, "0" * 64))
         with (root / shards[-1].file).open("wb") as file:
             file.truncate(records * manifest.layout.record_bytes)
+        hole = xxhash.xxh3_64_intdigest(bytes(manifest.layout.record_bytes))
+        np.full(records, hole, "<u8").tofile(root / shards[-1].checksums)
     index = np.full((images, 2), (7, 0), np.int32)
     index[::100, 1] = 1
     np.save(root / "index.npy", index)
-    store.write_json(root / "manifest.json", dataclasses.replace(manifest, shards=tuple(shards)))
+    layout = msgspec.structs.replace(manifest.layout, class_names=tuple(map(str, range(8))))
+    digest = store.file_sha256(root / "index.npy")
+    write_json(
+        root / "manifest.json", store.Manifest(layout, tuple(shards), digest, (), {}, "xxh3_64")
+    )
     begun = time.perf_counter()
     source = opened(root)
     seconds = time.perf_counter() - begun

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from small_images import FASHION_MNIST, random_image
 
+from selfalign.data.latents.settings import PrepareConfig
 from selfalign.data.latents.sources import Source, open_source
 from selfalign.errors import UserError
 
@@ -22,6 +23,7 @@ def png(seed: int) -> bytes:
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)
@@ -200,3 +202,251 @@ def test_what_is_no_source(tmp_path: Path, source: str, said: str):
         (tmp_path / "file.zip").touch()
     with pytest.raises(UserError, match=said):
         open_source(source.format(tmp=tmp_path))
+
+
+# WebDataset: one image of each sample
+
+
+def sample(number: int, *endings: str, label: int | None = 0) -> list[tuple[str, bytes]]:
+    """The files of a sample; each image of another seed."""
+    files = [(f"{number:03}.{ending}", png(10 * number + i)) for i, ending in enumerate(endings)]
+    return files + ([] if label is None else [(f"{number:03}.cls", str(label).encode())])
+
+
+@pytest.mark.parametrize("label", [0, None])
+def test_a_mask_beside_an_image_is_none(tmp_path: Path, label: int | None):
+    members = [m for n in range(3) for m in sample(n, "png", "mask.png", "seg.png", label=label)]
+    source = open_source(str(write_tar(tmp_path / "x.tar", members)))
+    assert_holds(source, [0, 10, 20], [0, 0, 0], ("0",) if label == 0 else ())
+    assert source.left_out == {"images beside .png": 6}
+
+
+def test_of_several_images_one_is_chosen_by_its_key(tmp_path: Path):
+    path = write_tar(tmp_path / "x.tar", [m for n in range(3) for m in sample(n, "png", "jpg")])
+    with pytest.raises(UserError, match=r"several images \(jpg, png\): choose one by --image-key"):
+        open_source(str(path))
+    for key, seeds in (("png", [0, 10, 20]), (".JPG", [1, 11, 21])):
+        chosen = open_source(str(path), PrepareConfig(image_key=key))
+        assert_holds(chosen, seeds, [0, 0, 0], ("0",))
+    with pytest.raises(UserError, match="no image ends so; allowed are jpg, png"):
+        open_source(str(path), PrepareConfig(image_key="webp"))
+
+
+def test_dots_in_names_of_plain_tars_say_nothing(tmp_path: Path):
+    names = ["photo.1.png", "photo.2.png", "v1.0/photo.png"]
+    members = [(name, png(seed)) for seed, name in enumerate(names)]
+    assert len(open_source(str(write_tar(tmp_path / "x.tar", members))).names) == 3
+
+
+def test_splits_of_a_data_set_are_not_mixed(tmp_path: Path):
+    for name in ("imagenet-train-000", "imagenet-val-000"):
+        write_tar(tmp_path / f"{name}.tar", sample(1, "png"))
+    with pytest.raises(UserError, match=r"several splits of a data set \(train, val\)"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name", ["../../outside.png", "/etc/outside.png", "a/../../b.png", "C:\\x.png"]
+)
+def test_names_in_tars_lead_nowhere(tmp_path: Path, name: str):
+    members = [(name, png(1)), ("a.png", png(2)), ("z.png", png(3))]
+    source = open_source(str(write_tar(tmp_path / "in" / "x.tar", members)))
+    for index in range(len(source.names)):
+        source.load(index).close()
+    assert len(source.names) == (2 if ".." in name else 3)  # those that lead out are left out
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["in", "x.tar"]
+
+
+def test_links_and_devices_in_tars_are_passed_over(tmp_path: Path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for number, kind in enumerate((tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE)):
+            info = tarfile.TarInfo(f"{number}.png")
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+        for number in range(2):
+            info = tarfile.TarInfo(f"real{number}.png")
+            info.size = len(png(number))
+            tar.addfile(info, io.BytesIO(png(number)))
+    source = open_source(str(tmp_path / "x.tar"))
+    assert_holds(source, [0, 1], [0, 0], ())
+    assert source.left_out == {"links and devices": 3}
+
+
+@pytest.mark.parametrize(("name", "content"), [("0.eps", b"%!PS"), ("0.png", b"")])
+def test_members_that_are_no_images(tmp_path: Path, name: str, content: bytes):
+    path = write_tar(tmp_path / "x.tar", [(name, content), ("1.png", png(1)), ("2.png", png(2))])
+    with pytest.raises(UserError, match=rf"x/{name} is not a readable image: it is"):
+        open_source(str(path))
+    source = open_source(str(path), PrepareConfig(skip_unreadable=True))
+    assert_holds(source, [1, 2], [0, 0], ())
+    assert source.left_out == {"unreadable": 1}
+
+
+def test_two_classes_of_one_image(tmp_path: Path):
+    path = write_tar(tmp_path / "x.tar", [*sample(0, "png"), ("000.cls", b"1"), *sample(1, "png")])
+    with pytest.raises(UserError, match=r"000\.cls is there twice"):
+        open_source(str(path))
+
+
+def test_archives_nested_too_deep(tmp_path: Path):
+    content = write_tar(tmp_path / "x.tar", sample(0, "png")).read_bytes()
+    for _ in range(20):
+        content = write_tar(tmp_path / "x.tar", [("y.tar", content)]).read_bytes()
+    with pytest.raises(UserError, match="nested more than 16 deep"):
+        open_source(str(tmp_path / "x.tar"))
+
+
+@pytest.mark.parametrize("content", [b"", b"cat", b"1.5", b"-1", b"9" * 30, b"7" * 1000, b"\xff"])
+def test_class_numbers_that_are_none(tmp_path: Path, content: bytes):
+    members = [("0.png", png(0)), ("0.cls", content), *sample(1, "png")]
+    with pytest.raises(UserError, match=r"holds no whole number|labels from"):
+        open_source(str(write_tar(tmp_path / "x.tar", members)))
+
+
+# dataset.json
+
+
+def listed(root: Path, labels: object) -> str:
+    for i in range(3):
+        random_image(i).save(root / f"{i}.png")
+    (root / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return str(root)
+
+
+WHOLE = [["0.png", 0], ["1.png", 1], ["2.png", 2]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([*WHOLE, ["0.png", 0]], "two entries for '0.png'"),
+        (WHOLE[:2], "no entry for '2.png'"),
+        ([*WHOLE, ["3.png", 0]], "an entry for a file that is not there: '3.png'"),
+        ([*WHOLE, ["../0.png", 0]], "an entry for a file that is not there: '../0.png'"),
+        ([[f"{i + 1}.png", i] for i in range(3)], "no entry for '0.png'"),
+        ([["0.png", -1], *WHOLE[1:]], "labels from -1 to 2"),
+        ([["0.png", 10**12], *WHOLE[1:]], "labels from 1 to 1000000000000"),
+        ([["0.png", 10**40], *WHOLE[1:]], r"dataset\.json"),
+        ([["0.png", [1]], *WHOLE[1:]], r"labels\[0\]\[1\]: Expected `int`"),
+        ([["0.png", 0, 0], *WHOLE[1:]], r"labels\[0\]"),
+        ({"0.png": 0}, "labels: Expected `array"),
+        (5, "labels"),
+    ],
+)
+def test_listings_that_do_not_fit_their_files(tmp_path: Path, labels: object, said: str):
+    with pytest.raises(UserError, match=said) as error:
+        open_source(listed(tmp_path, labels))
+    assert "dataset.json" in str(error.value)
+
+
+def test_files_that_are_listed_and_not_there_may_be_left_out(tmp_path: Path):
+    source = listed(tmp_path, [*WHOLE, ["3.png", 0]])
+    opened = open_source(source, PrepareConfig(skip_unreadable=True))
+    assert_holds(opened, [0, 1, 2], [0, 1, 2], ("0", "1", "2"))
+    assert opened.left_out == {".json": 1, "listed and not there": 1}
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a pipe", "deep", "not UTF-8", "NaN"])
+def test_listings_that_are_no_json(tmp_path: Path, kind: str):
+    path = tmp_path / "dataset.json"
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    else:
+        contents = {"deep": b"[" * 10**6, "not UTF-8": b'{"labels": "\xff"}', "NaN": b"NaN"}
+        path.write_bytes(contents[kind])
+    with pytest.raises(UserError, match=r"dataset\.json cannot be read"):
+        open_source(str(tmp_path))
+
+
+# Tables as people write them
+
+
+def table(path: Path, columns: dict[str, object]) -> str:
+    """Plain Parquet, without what the Hugging Face library adds."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pytest.importorskip("pyarrow").table(columns), path)
+    return str(path)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = pytest.importorskip("datasets")
+    monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+IMAGES = [png(i) for i in range(3)]
+STRUCTS = [{"bytes": content, "path": None} for content in IMAGES]
+
+
+@pytest.mark.parametrize("images", [IMAGES, STRUCTS], ids=["bytes", "bytes and path"])
+@pytest.mark.parametrize(
+    ("label", "labels", "names"),
+    [
+        ([1, 0, 1], [1, 0, 1], ("0", "1")),
+        (["dog", "cat", "dog"], [1, 0, 1], ("cat", "dog")),
+        (None, [0, 0, 0], ()),
+    ],
+)
+def test_plain_parquet(
+    tmp_path: Path, cache: None, images: list, label: list | None, labels: list, names: tuple
+):
+    columns = {"image": images, **({} if label is None else {"label": label})}
+    assert_holds(open_source(table(tmp_path / "x.parquet", columns)), [0, 1, 2], labels, names)
+
+
+def test_rows_without_an_image_or_a_class(tmp_path: Path, cache: None):
+    images = [STRUCTS[0], None, STRUCTS[1], {"bytes": None, "path": None}, STRUCTS[2]]
+    path = table(tmp_path / "x.parquet", {"image": images, "label": ["b", "a", "b", None, "a"]})
+    source = open_source(path)
+    assert_holds(source, [0, 1, 2], [1, 1, 0], ("a", "b"))
+    assert source.names == ["row 0", "row 2", "row 4"]
+    assert source.left_out == {"rows without an image": 2}
+    path = table(tmp_path / "y.parquet", {"image": [*IMAGES, IMAGES[0]], "label": [0, None, 0, 1]})
+    with pytest.raises(UserError, match="row 1 of .* has no class"):
+        open_source(path)
+    left = open_source(path, PrepareConfig(skip_unreadable=True))
+    assert_holds(left, [0, 2, 0], [0, 0, 1], ("0", "1"))
+
+
+def test_columns_are_chosen_by_name(tmp_path: Path, cache: None):
+    columns = {"image": IMAGES, "mask": IMAGES[::-1], "coarse": [0, 0, 1], "label": [0, 1, 2]}
+    path = table(tmp_path / "x.parquet", columns)
+    with pytest.raises(UserError, match="2 columns of images among .*: choose one by --image-key"):
+        open_source(path)
+    config = PrepareConfig(image_key="mask", label_key="coarse")
+    assert_holds(open_source(path, config), [2, 1, 0], [0, 0, 1], ("0", "1"))
+    for wrong in (PrepareConfig(image_key="x"), PrepareConfig(image_key="mask", label_key="x")):
+        with pytest.raises(UserError, match="_key is 'x': .* has the columns image, mask"):
+            open_source(path, wrong)
+    with pytest.raises(UserError, match="column 'coarse' of .* holds no images"):
+        open_source(path, PrepareConfig(image_key="coarse"))
+
+
+@pytest.mark.parametrize("label", [[0.5, 1.0, 2.0], [True, False, True], [-3, 0, 1], [2**60, 0, 1]])
+def test_labels_that_are_no_classes(tmp_path: Path, cache: None, label: list):
+    path = table(tmp_path / "x.parquet", {"image": IMAGES, "label": label})
+    with pytest.raises(UserError, match="column 'label' of"):
+        open_source(path)
+
+
+def test_files_that_rows_name_lie_beside_the_table(tmp_path: Path, cache: None):
+    (tmp_path / "set").mkdir()
+    for folder, name in (("set", "in.png"), (".", "out.png")):
+        (tmp_path / folder / name).write_bytes(png(5))
+    outside = ["../out.png", str(tmp_path / "out.png")]
+    images = [{"bytes": None, "path": path} for path in ("in.png", *outside)]
+    source = open_source(table(tmp_path / "set" / "x.parquet", {"image": images}))
+    with source.load(0) as image:
+        assert np.array_equal(np.asarray(image), np.asarray(random_image(5)))
+    for index in (1, 2):
+        with pytest.raises(UserError, match="allowed are files in"):
+            source.load(index)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 and no more", bytes(1000)])
+def test_damaged_tables(tmp_path: Path, cache: None, content: bytes):
+    (tmp_path / "x.parquet").write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.parquet' cannot be read by datasets: [^\n]+$"):
+        open_source(str(tmp_path / "x.parquet"))

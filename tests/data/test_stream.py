@@ -1,8 +1,12 @@
 """The stream of batches: a function of (seed, step), whoever reads it and wherever it starts."""
 
+import gc
 import itertools
+import multiprocessing
 import os
+import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -10,9 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfalign import UserError
-from selfalign.data import training_batches
-from selfalign.data.datasets import MemorySplit
-from selfalign.data.stream import epoch_order
+from selfalign.data.source import MemorySplit
+from selfalign.data.stream import epoch_order, training_batches
 
 
 class ThreadedSplit(MemorySplit):
@@ -239,3 +242,59 @@ class TestErrors:
             assert next(batches)[1].tolist() == order[2 * number : 2 * number + 2]
         with pytest.raises(UserError):
             next(batches)
+
+
+class Sleeper(MemorySplit):
+    """Takes its time, in the worker's process only."""
+
+    def read(self, indices, seeds=None):
+        time.sleep(0.05)
+        return super().read(indices, seeds)
+
+
+def batches_of(split, workers=1):
+    return training_batches(split, seed=0, batch_size=4, first=0, last=10_000, workers=workers)
+
+
+class TestWorkers:
+    def test_one_that_dies_ends_the_run_in_one_line_and_not_before(self):
+        batches = batches_of(numbered_split(8))
+        next(batches)
+        worker = multiprocessing.active_children()[0]
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.join()
+        total = sum(range(10**6))  # torch's own handler would raise here
+        assert total > 0
+        with pytest.raises(UserError, match=r"a data worker died .* fewer --data\.workers[^\n]*$"):
+            list(batches)
+
+    def test_without_shared_memory_the_remedy_is_named(self, monkeypatch):
+        def refuse(tensor):
+            raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: full")
+
+        monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)  # in the worker, which is forked
+        with pytest.raises(
+            UserError, match=r"no shared memory .*/dev/shm larger .*workers 0[^\n]*$"
+        ):
+            next(batches_of(numbered_split(8)))
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_stop_signals_are_left_to_the_first_process(self, number):
+        batches = batches_of(Sleeper(torch.zeros(8, 1, 1, 1), torch.zeros(8, dtype=torch.int64)))
+        next(batches)
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, number)
+        for _ in range(5):
+            next(batches)
+
+    def test_none_is_left_behind(self):
+        batches = batches_of(numbered_split(8), workers=2)
+        next(batches)
+        workers = multiprocessing.active_children()
+        assert len(workers) == 2
+        batches.close()
+        del batches
+        gc.collect()
+        for worker in workers:
+            worker.join(10)
+            assert worker.exitcode is not None

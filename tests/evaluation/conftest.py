@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from selfalign import SiT, make_generator, recipe, resolve
-from selfalign.data import open_data
-from selfalign.run import write_config
-from selfalign.training.checkpoint import save_checkpoint
+from selfalign import build_student, make_generator, recipe, resolve
+from selfalign.data.datasets import open_data
+from selfalign.runs.folder import write_config
+from selfalign.training.checkpoint import CheckpointState, save_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -33,11 +33,11 @@ def run_folder(tmp_path: Path) -> Path:
     write_config(folder, config, source)
     models = []
     for name in ("raw", "ema"):
-        model = SiT.from_config(config)
+        model = build_student(config)
         with torch.no_grad():
             weight = model.final_layer.linear.weight  # zero otherwise, and all samples noise
             weight.normal_(std=0.1, generator=make_generator(0, name))
         models.append(model)
     optimizer = torch.optim.AdamW(models[0].parameters())
-    save_checkpoint(folder / "checkpoints", 1, *models, optimizer, {}, keep=1)
+    save_checkpoint(folder / "checkpoints", *models, optimizer, CheckpointState(1), keep=1)
     return folder

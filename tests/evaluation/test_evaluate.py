@@ -1,10 +1,12 @@
 """`selfalign evaluate` from end to end, on digits."""
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +18,20 @@ from support import in_two_processes
 
 from selfalign import UserError
 from selfalign.cli import main
-from selfalign.config import DataConfig
-from selfalign.data import open_data
+from selfalign.data.datasets import open_data
 from selfalign.evaluation import generation, reference
 from selfalign.evaluation.classifier import get_classifier
-from selfalign.evaluation.evaluate import EvaluationConfig, EvaluationData, evaluate
+from selfalign.evaluation.config import EvaluationConfig, EvaluationData
+from selfalign.evaluation.evaluate import evaluate
 from selfalign.evaluation.features import extract, feature_network
 from selfalign.evaluation.frechet import fit, frechet_distance
 from selfalign.evaluation.generation import samples_folder
 from selfalign.evaluation.inputs import open_split
 from selfalign.evaluation.report import Evaluation
-from selfalign.run import load_run
-from selfalign.sampling.generate import SamplingConfig, generate, to_uint8
+from selfalign.runs.load import load_run
+from selfalign.sampling.generate import generate, to_uint8
+from selfalign.sampling.settings import SamplingConfig
+from selfalign.sections import DataConfig
 
 SAMPLING = SamplingConfig(solver="euler", steps=2)
 SOURCE = open_data(DataConfig())
@@ -148,7 +152,10 @@ class TestReference:
         images = open_split("digits", SOURCE, "training")
         accelerator = Accelerator()
         measured = reference.measure(
-            images, network, lambda x: extract(network, x, accelerator, 64), accelerator
+            reference.ReferenceSource(images.name, images.fingerprint, images),
+            network,
+            lambda x: extract(network, x, accelerator, 64),
+            accelerator,
         )
         features = measured.features
         assert features is not None
@@ -199,7 +206,7 @@ class TestRun:
         def counting(*arguments: object) -> None:
             if len(written) == allowed[0]:
                 raise KeyboardInterrupt
-            written.append(arguments[2])
+            written.append(arguments[1])
             write(*arguments)  # type: ignore[arg-type]
 
         monkeypatch.setattr(generation, "_write_shard", counting)
@@ -207,7 +214,7 @@ class TestRun:
             run(run_folder, num=40, metrics=("fd",))
         folder = samples_folder(load_run(run_folder), "ema", SAMPLING)
         assert not (folder / "samples.npz").exists()
-        assert len(list((folder / "shards").iterdir())) == 2
+        assert len(list((folder / "shards").glob("*.npz"))) == 2
         allowed[0] = 100
         whole = run(run_folder, num=40, metrics=("fd",))
         assert written == [range(16), range(16, 32), range(32, 40)]
@@ -228,6 +235,26 @@ class TestRun:
             )
         }
         assert len(folders) == 6
+
+    def test_new_settings_keep_the_folders_of_old_ones(self, run_folder: Path) -> None:
+        """A setting that did not exist counts in the folder's name only where it is not the default."""
+        loaded = load_run(run_folder)
+        before = (
+            "SamplingConfig(solver='euler', steps=2, guidance_scale=1.0, guidance_interval=(0.0, 1.0), "
+            "mask_ratio=0.0, mask_type='fixed', seed=0)"
+        )
+        digest = hashlib.sha256(before.encode())
+        for name, tensor in sorted(loaded.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.numpy().tobytes())
+        folder = samples_folder(loaded, "ema", SAMPLING)
+        assert folder.name == f"step_00000001-ema-{digest.hexdigest()[:12]}"
+        others = {
+            samples_folder(loaded, "ema", SAMPLING, "balanced"),
+            samples_folder(loaded, "ema", SAMPLING, (1, 2)),
+            samples_folder(loaded, "ema", replace(SAMPLING, guidance_channels="first-three")),
+        }
+        assert len({folder, *others}) == 4
 
 
 def test_two_processes_give_the_numbers_of_one(
@@ -264,7 +291,14 @@ def test_two_processes_give_the_numbers_of_one(
     assert len(fingerprints) == 1
 
 
-@pytest.mark.parametrize("fails_in", ["all processes", "the main one", "the other one"])
+@pytest.mark.parametrize(
+    "fails_in",
+    [
+        pytest.param("all processes", marks=pytest.mark.slow),
+        pytest.param("the main one", marks=pytest.mark.slow),
+        "the other one",
+    ],
+)
 def test_what_one_process_cannot_do_ends_all_with_one_line(
     fails_in: str, cache: Path, tmp_path: Path
 ) -> None:

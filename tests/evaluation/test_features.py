@@ -11,11 +11,12 @@ from torch.nn import functional
 
 from selfalign import UserError
 from selfalign.evaluation import features
+from selfalign.evaluation.config import EvaluationConfig
 from selfalign.evaluation.estimate import Estimate
-from selfalign.evaluation.evaluate import EvaluationConfig, evaluate
+from selfalign.evaluation.evaluate import evaluate
 from selfalign.evaluation.features import Backbone, FeatureNetwork, extract, feature_network
 from selfalign.evaluation.inputs import ImageSet
-from selfalign.sampling.generate import SamplingConfig
+from selfalign.sampling.settings import SamplingConfig
 
 IMAGES = torch.randint(
     256, (3, 3, 40, 52), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -126,7 +127,7 @@ class TestInception:
     def test_evaluates_against_a_reference_in_adms_format(
         self, inception: FeatureNetwork, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        monkeypatch.setattr("selfalign.evaluation.evaluate.feature_network", lambda *_: inception)
+        monkeypatch.setattr("selfalign.evaluation.setup.feature_network", lambda *_: inception)
         pixels = torch.randint(256, (48, 12, 12, 3), dtype=torch.uint8).numpy()
         np.savez(tmp_path / "samples.npz", arr_0=pixels[:24])
         np.savez(tmp_path / "real.npz", arr_0=pixels[24:])

@@ -17,13 +17,10 @@ from selfalign.evaluation.frechet import (
     frechet_distance,
     frechet_estimate,
 )
-from selfalign.evaluation.metrics import (
-    class_consistency,
-    draw_subsets,
-    inception_score,
-    kernel_distance,
-    memorisation,
-)
+from selfalign.evaluation.metrics.consistency import class_consistency
+from selfalign.evaluation.metrics.inception_score import inception_score
+from selfalign.evaluation.metrics.kid import draw_subsets, kernel_distance
+from selfalign.evaluation.metrics.memorisation import memorisation
 from selfalign.evaluation.neighbours import nearest, precision_recall, squared_radii
 
 
@@ -139,8 +136,8 @@ class TestInceptionScore:
         assert inception_score(torch.zeros(200, 10)).value == pytest.approx(1)
 
     def test_refusals(self) -> None:
-        with pytest.raises(UserError, match="at least 10 samples, here are 9"):
-            inception_score(self.logits[:9])
+        with pytest.raises(UserError, match="at least 20 samples, here are 19"):
+            inception_score(self.logits[:19])
 
 
 class TestPrecisionRecall:

@@ -16,17 +16,22 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from selfalign import Draw, Objective, SiT, TokenGroups, recipe
-from selfalign.alignment import DISTANCES
+from selfalign import Draw, Objective, SiT, TokenGroups, recipe, resolve
 from selfalign.flow import PATHS
+from selfalign.heads import ProjectionHead
 from selfalign.interop.released import Source, build_dit, build_projectors, build_sit
-from selfalign.sampling.guidance import Guidance, GuidedModel
-from selfalign.sampling.solvers import solve_ode, solve_sde
-from selfalign.views import patchify, unpatchify
+from selfalign.sampling.guidance import GuidedModel
+from selfalign.sampling.settings import Guidance
+from selfalign.sampling.solvers import Solver
+from selfalign.sampling.solvers.euler import Euler
+from selfalign.sampling.solvers.heun import Heun
+from selfalign.sampling.solvers.sde import EulerMaruyama
+from selfalign.terms.alignment import HEAD, distance
+from selfalign.tokens import one_group
 
 TOLERANCE = 2e-5
 LOSS_NAMES = {"cos": "cosine-over-tokens", "sml1": "smooth-l1", "l1": "l1", "l2": "l2"}
-TEACHER_TIMESTEPS = {"sra": "sra", "self_flow": "self-flow", "same": "same"}
+TEACHER_TIMESTEPS = {"sra": "below", "self_flow": "minimum", "same": "same"}
 SOURCES: dict[str, Source] = {
     "willisma/SiT": "sit",
     "sihyun-yu/REPA": "repa",
@@ -52,6 +57,7 @@ def weights(tensors: Tensors, prefix: str) -> Tensors:
 def make_model(state: Tensors, meta: dict[str, Any], channels: int, **settings: Any) -> SiT:
     """A model of the recorded dimensions with the recorded weights."""
     side = meta["input_size"]
+    tap = settings.pop("head_after", None)
     model = SiT(
         channels=channels,
         image_size=(side, side),
@@ -62,38 +68,39 @@ def make_model(state: Tensors, meta: dict[str, Any], channels: int, **settings: 
         num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
         **settings,
     )
+    if tap is not None:
+        model.add_head("ap_head", ProjectionHead(model.hidden_size), tap)
     model.load_state_dict(state)
     return model
 
 
 def check_objective(meta: dict[str, Any], tensors: Tensors) -> Results:
     """Losses, features and gradients of one training step."""
-    config = recipe(
-        "sra",
-        {
-            # Only the patch is taken from the named size here; the model is made from the file.
-            "model.size": f"XL/{meta['patch']}",
-            "model.num_classes": meta["num_classes"],
-            "flow.path": meta["path"],
-            "views.mask_ratios": tuple(meta["mask_ratio"]),
-            "views.timesteps": "dual" if meta["dual_timestep"] else "single",
-            "views.attention": "separated" if meta["attention_separation"] else "full",
-            "views.whole_image_fraction": meta["whole_image_samples"] / len(tensors["x0"]),
-            "alignment.student_block": meta["student_block"],
-            "alignment.teacher_block": meta["teacher_block"],
-            "alignment.teacher_timestep": TEACHER_TIMESTEPS[meta["teacher_t"]],
-            "alignment.teacher_groups": meta["teacher_mask"],
-            "alignment.distance": LOSS_NAMES[meta["loss_type"]],
-            "alignment.weight": meta["align_weight"],
-        },
-    )
+    settings = {
+        # Only the patch is taken from the named size here; the model is made from the file.
+        "model.size": f"XL/{meta['patch']}",
+        "flow.path": meta["path"],
+        "views.mask_ratios": tuple(meta["mask_ratio"]),
+        "views.timesteps": "independent" if meta["dual_timestep"] else "single",
+        "views.attention": "separated" if meta["attention_separation"] else "full",
+        "views.whole_image_fraction": meta["whole_image_samples"] / len(tensors["x0"]),
+        "terms.alignment.block": meta["student_block"],
+        "terms.alignment.distance": LOSS_NAMES[meta["loss_type"]],
+        "terms.alignment.weight": meta["align_weight"],
+        "targets.ema.block": meta["teacher_block"],
+        "targets.ema.timestep": TEACHER_TIMESTEPS[meta["teacher_t"]],
+        "targets.ema.groups": meta["teacher_mask"],
+        "training.batch_size": len(tensors["x0"]),
+    }
+    side = meta["input_size"]
+    config = resolve(recipe("sra", settings), meta["channels"], (side, side), meta["num_classes"])
     student, teacher = (
         make_model(
             weights(tensors, f"{role}."),
             meta,
             meta["channels"],
             qk_norm=meta["qk_norm"],
-            projection_head=True,
+            head_after=meta["student_block"],
         )
         for role in ("student", "teacher")
     )
@@ -105,22 +112,19 @@ def check_objective(meta: dict[str, Any], tensors: Tensors) -> Results:
         label_dropout=torch.zeros_like(tensors["labels"], dtype=torch.bool),
     )
     objective = Objective(config)
-    predictions = objective.predict(student, teacher, tensors["x0"], tensors["labels"], draw)
-    losses = objective.losses(predictions)
+    forward = objective.predict(student, teacher, tensors["x0"], tensors["labels"], draw)
+    losses = objective.losses(forward)
     losses.total.backward()
-    assert predictions.student_features is not None
-    assert predictions.teacher_features is not None
-    restore = predictions.groups.restore
+    projected, target = forward.output.projected[HEAD], forward.targets["ema"]
+    restore = forward.views.groups.restore
     results = {
-        "out.velocity_tokens": restore(predictions.velocity),
-        "out.target_tokens": restore(predictions.target),
-        "out.student_features": restore(predictions.student_features),
-        "out.teacher_features": restore(predictions.teacher_features),
-        "out.denoising_loss": losses.denoising,
-        "out.align_released": losses.alignment[None],
-        "out.align_cosine_per_token": DISTANCES["cosine"](
-            predictions.student_features, predictions.teacher_features
-        )[None],
+        "out.velocity_tokens": restore(forward.output.velocity),
+        "out.target_tokens": restore(forward.views.target),
+        "out.student_features": restore(projected),
+        "out.teacher_features": restore(target),
+        "out.denoising_loss": losses.terms["denoising"],
+        "out.align_released": losses.terms["alignment"][None],
+        "out.align_cosine_per_token": distance("cosine", projected, target)[None],
         "out.total_released": losses.total[None],
     }
     for name, parameter in student.named_parameters():
@@ -138,20 +142,21 @@ def check_sampler(meta: dict[str, Any], tensors: Tensors) -> Results:
     guided = GuidedModel(
         model,
         tensors["labels"],
-        meta["null_class"],
+        torch.full_like(tensors["labels"], meta["null_class"]),
         # A scale up to 1 is unguided in the released samplers too.
         Guidance(max(1.0, meta["cfg_scale"]), (meta["guidance_low"], meta["guidance_high"])),
         recorded_groups(meta, tensors, model.num_tokens),
     )
+    solver: Solver = EulerMaruyama()
     if meta["kind"] == "ode":
-        samples = solve_ode(guided, noise, meta["steps"], heun=meta["heun"])
-    else:
-        samples = solve_sde(
+        solver = Heun() if meta["heun"] else Euler()
+    with torch.no_grad():
+        samples = solver.solve(
             guided,
-            noise,
+            noise.double(),
             meta["steps"],
-            path=PATHS[meta["path"]],
-            step_noise=lambda step: tensors["step_noise"][step],
+            PATHS[meta["path"]],
+            lambda step: tensors["step_noise"][step],
         )
     return {"out.samples": samples}
 
@@ -183,21 +188,19 @@ def check_checkpoint(meta: dict[str, Any], tensors: Tensors) -> Results:
         return {"out.velocity": -model.velocity(x, 1 - t, labels)}
     velocity = model.velocity(x, t, labels)
     results = {"out.velocity": velocity, "out.model_image": velocity}
-    tokens = patchify(x, model.patch_size)
+    tokens = model.grid.patchify(x)
     if "t_per_token" in tensors:
         groups = TokenGroups(order=None, sizes=(1,) * model.num_tokens)
-        velocity, _ = model(tokens, tensors["t_per_token"], labels, groups)
-        results["out.model_image_per_token"] = unpatchify(
-            velocity, model.patch_size, model.image_size
-        )
+        output = model(tokens, tensors["t_per_token"], labels, groups)
+        results["out.model_image_per_token"] = model.grid.unpatchify(output.velocity)
     if "encoder_features" in tensors:
-        whole = TokenGroups(order=None, sizes=(model.num_tokens,))
-        features = model.features(tokens, t[:, None], labels, whole, meta["encoder_depth"])
-        projected = build_projectors(state)[0](features)
+        block = meta["encoder_depth"]
+        features = model.features(tokens, t[:, None], labels, one_group(model.num_tokens), (block,))
+        projected = build_projectors(state)[0](features[block])
         results["out.projected"] = projected
         # REPA's loss is the negative similarity, without the 1 of a distance.
-        distance = DISTANCES["cosine"](projected, tensors["encoder_features"])
-        results["out.projection_loss"] = distance[None] - 1
+        loss = distance("cosine", projected, tensors["encoder_features"]) - 1
+        results["out.projection_loss"] = loss[None]
     return results
 
 

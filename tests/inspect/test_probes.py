@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import small_model
 
-from selfalign.data.datasets import DataSource, MemorySplit
+from selfalign.data.source import DataSource, MemorySplit
 from selfalign.errors import UserError
 from selfalign.inspect.probes import linear_probe
 

@@ -10,6 +10,7 @@ from selfalign.errors import UserError
 from selfalign.inspect.views import COLOURS, HIGHEST, LOWEST, draw_diagram, see_views
 from selfalign.randomness import make_generator
 
+HREF = "{http://www.w3.org/1999/xlink}href"
 IMAGE = torch.randn(1, 8, 8, generator=make_generator(0, "image")).clamp(-1, 1)
 
 
@@ -64,7 +65,7 @@ def test_a_diagram_is_a_picture_of_its_own(name: str) -> None:
         root = ElementTree.fromstring(draw_diagram(seen, "what <it> sees"))
         assert root.get("aria-label") == "what <it> sees"
         pictures = [e for e in root.iter() if e.tag.endswith("image")]
-        assert all(picture.get("href").startswith("data:image/png") for picture in pictures)
+        assert all(picture.get(HREF).startswith("data:image/png") for picture in pictures)
         assert len(pictures) >= 4
         assert (COLOURS[1] in ElementTree.tostring(root, "unicode")) == (name not in ("sit", "sra"))
 

@@ -1,16 +1,25 @@
 """Released checkpoints: conventions, dimensions, files and refusals."""
 
 import argparse
+import contextlib
+import datetime
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from selfalign import SiT, TokenGroups, UserError
+from selfalign import SiT, UserError
+from selfalign.backbones.sit.sizes import SIZES
+from selfalign.heads import ProjectionHead
+from selfalign.interop.files import read_weights
 from selfalign.interop.released import (
     DiT,
     build_dit,
@@ -20,11 +29,9 @@ from selfalign.interop.released import (
     load_dit,
     load_projectors,
     load_released,
-    read_weights,
     recognise,
 )
-from selfalign.models.sizes import SIZES
-from selfalign.views import patchify
+from selfalign.tokens import one_group
 
 HEADS = 2
 
@@ -40,7 +47,10 @@ def network(seed: int = 0, **changes: Any) -> SiT:
         "heads": HEADS,
         "num_classes": 5,
     }
+    with_head = changes.pop("projection_head", False)
     model = SiT(**(settings | changes))
+    if with_head:
+        model.add_head("ap_head", ProjectionHead(model.hidden_size), tap=1)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -92,11 +102,11 @@ def test_self_flow_runs_backwards_in_time_and_embeds_channels_first(learned_sigm
     expected = -theirs.velocity(x, 1 - t, labels)
     torch.testing.assert_close(ours.velocity(x, t, labels), expected, rtol=0, atol=2e-5)
 
-    groups = TokenGroups(order=None, sizes=(16,))
-    tokens = patchify(x, 2)
-    _, features = ours(tokens, t[:, None], labels, groups, student_block=1)
-    _, expected_features = theirs(tokens, 1 - t[:, None], labels, groups, student_block=1)
-    torch.testing.assert_close(features, expected_features, rtol=0, atol=2e-5)
+    tokens, groups, heads = ours.grid.patchify(x), one_group(16), ("ap_head",)
+    ours.head_taps["ap_head"] = 1
+    found = ours(tokens, t[:, None], labels, groups, heads=heads).projected["ap_head"]
+    expected = theirs(tokens, 1 - t[:, None], labels, groups, heads=heads).projected["ap_head"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
 def test_self_flow_needs_its_channels() -> None:
@@ -122,7 +132,7 @@ def test_repa_projectors() -> None:
     theirs = projectors((16, 7))
     weights = plain_weights() | {f"projectors.{k}": v for k, v in theirs.state_dict().items()}
     assert recognise(weights) == ("repa",)
-    assert build_sit(weights, heads=HEADS).ap_head is None
+    assert "ap_head" not in dict(build_sit(weights, heads=HEADS).named_children())
     features = torch.randn(2, 16, 24)
     for ours, their in zip(build_projectors(weights), theirs, strict=True):
         assert torch.equal(ours(features), their(features))
@@ -178,9 +188,9 @@ def test_dimensions_of_the_published_sizes(name: str, patch_size: int, side: int
             depth=size.depth,
             heads=size.heads,
             num_classes=1000,
-            projection_head=True,
             out_channels=8,
         )
+        model.add_head("ap_head", ProjectionHead(size.hidden_size), tap=1)
     dimensions = infer_dimensions(model.state_dict())
     assert (dimensions.hidden_size, dimensions.depth, dimensions.heads) == (
         size.hidden_size,
@@ -349,3 +359,107 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
             load(path)
     with pytest.raises(UserError, match=r"unknown\.pt': no projectors"):
         load_projectors(path)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module.", "model.module."],
+)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_prefixes_of_wrappers_are_taken_off(tmp_path: Path, prefix: str, suffix: str) -> None:
+    weights, path = plain_weights(), tmp_path / f"weights{suffix}"
+    named = {prefix + name: value.contiguous() for name, value in weights.items()}
+    if suffix == ".pt":
+        torch.save({"state_dict": named}, path)
+    else:
+        save_file(named, path)
+    assert read_weights(path).keys() == weights.keys()
+    mixed = {**named, "other": torch.zeros(1)}  # a prefix that not all names share is a name
+    torch.save(mixed, tmp_path / "mixed.pt")
+    assert read_weights(tmp_path / "mixed.pt").keys() == mixed.keys()
+
+
+def test_an_empty_average_falls_back(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    for empty in ({}, None, {"decay": 0.999}, []):
+        torch.save({"ema": empty, "model": plain_weights()}, path)
+        assert read_weights(path).keys() == plain_weights().keys()
+    torch.save({"model": {"state_dict": plain_weights()}}, path)
+    assert read_weights(path).keys() == plain_weights().keys()
+
+
+def test_what_scripts_keep_beside_weights_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    arguments = argparse.Namespace(results=Path("out") / "run", seed=np.int64(3), lr=np.float32(1))
+    beside = {"args": arguments, "best": np.float64(1.5), "done": np.bool_(True), "betas": (0.9, 1)}
+    for zipped in (True, False):
+        torch.save({"ema": plain_weights(), **beside}, path, _use_new_zipfile_serialization=zipped)
+        assert read_weights(path).keys() == plain_weights().keys()
+
+
+def test_a_refusal_names_the_class_and_the_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save({"ema": plain_weights(), "when": datetime.timedelta(1)}, path)
+    with pytest.raises(UserError, match=r"\(datetime.timedelta\); if you trust it, .*save_file"):
+        read_weights(path)
+
+
+def test_tensors_that_are_no_weights_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    for tensor, problem in (
+        (torch.zeros(1).expand(10**12), "is no plain tensor"),  # 4 TB, if anybody copied it
+        (torch.eye(3).to_sparse(), "is no plain tensor"),
+        (torch.zeros(2, dtype=torch.complex64), "is no plain tensor"),
+        (torch.tensor([1.0, torch.nan]), "is not finite"),
+    ):
+        torch.save({"ema": {**plain_weights(), "x": tensor}}, path)
+        with pytest.raises(UserError, match=problem) as refusal:
+            read_weights(path)
+        assert "\n" not in str(refusal.value)
+
+
+def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02.")
+        with archive.open("archive/data/0", "w", force_zip64=True) as entry:
+            for _ in range(2**8):
+                entry.write(bytes(2**20))
+    with pytest.raises(UserError, match="unpacks to 268,435,4.. bytes, more than it has"):
+        read_weights(path)
+
+
+def test_a_table_of_labels_without_a_null_row() -> None:
+    classes = network(num_classes=9)  # with the null class ten rows
+    with pytest.warns(UserWarning, match="10 rows, which are taken for one class less"):
+        assert build_sit(classes.state_dict(), "sra", heads=HEADS).num_classes == 9
+    model = build_sit(classes.state_dict(), "sra", heads=HEADS, null_row=False)
+    assert model.num_classes == 10
+    table = model.y_embedder.embedding_table.weight
+    torch.testing.assert_close(table[10], table[:10].mean(dim=0))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_no_change_of_a_file_is_a_traceback(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = (
+        tmp_path_factory.getbasetemp()
+        / f"fuzz{data.draw(st.sampled_from(['.pt', '.safetensors']))}"
+    )
+    weights = {"a": torch.arange(4.0), "b": torch.zeros(2, 3)}
+    if path.suffix == ".pt":
+        torch.save(
+            {"ema": weights, "args": argparse.Namespace(x=1)},
+            path,
+            _use_new_zipfile_serialization=data.draw(st.booleans()),
+        )
+    else:
+        save_file(weights, path)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 5))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    with contextlib.suppress(UserError):
+        read_weights(path)

@@ -1,5 +1,6 @@
 """Numbered sets: what a sample depends on, and what is refused."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import torch
 
 from selfalign import UserError
 from selfalign.cli import main
-from selfalign.run import LoadedRun, load_run
-from selfalign.sampling.generate import SamplingConfig, check_sampling, generate, random_labels
+from selfalign.runs.load import LoadedRun, load_run
+from selfalign.sampling.generate import check_sampling, generate, random_labels
+from selfalign.sampling.settings import SamplingConfig
+from selfalign.tokens import group_sizes
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,33 @@ def test_a_sample_does_not_depend_on_the_batch(run: LoadedRun, sampling: Samplin
     assert torch.allclose(samples(3, 0, 8), whole, atol=1e-5)
     assert torch.allclose(samples(1, 5, 2), whole[5:7], atol=1e-5)
     assert not torch.allclose(whole[0], whole[1], atol=0.1)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "sde", "dopri5"])
+def test_no_gradient_is_kept(run: LoadedRun, solver: str) -> None:
+    model = copy.deepcopy(run.model).requires_grad_(True)
+    (part,) = generate(model, "linear", SamplingConfig(solver, steps=2), 2, batch_size=2)
+    assert not part.images.requires_grad
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.3, 0.35, 0.5])
+def test_groups_have_the_sizes_that_training_gives_them(run: LoadedRun, ratio: float) -> None:
+    seen = []
+    blocks = run.model.blocks
+
+    def note(module: torch.nn.Module, inputs: tuple[object, ...]) -> None:
+        seen.append(inputs[2])
+
+    handle = blocks[0].register_forward_pre_hook(note)
+    try:
+        config = SamplingConfig(steps=2, mask_ratio=ratio)
+        list(generate(run.model, "linear", config, 2, batch_size=2))
+    finally:
+        handle.remove()
+    expected = group_sizes((ratio, 1 - ratio), run.model.num_tokens)
+    assert {groups.sizes for groups in seen} == {expected}  # type: ignore[attr-defined]
+    assert all(groups.separate for groups in seen)  # type: ignore[attr-defined]
 
 
 def test_groups_in_sampling_matter_only_where_attention_is_separated(run: LoadedRun) -> None:

@@ -6,21 +6,35 @@ from support import AnalyticModel, small_model
 
 from selfalign import TokenGroups, UserError, make_generator
 from selfalign.flow import PATHS
-from selfalign.sampling.guidance import Guidance, GuidedModel
-from selfalign.sampling.solvers import solve_ode, solve_sde
+from selfalign.sampling.guidance import GuidedModel
+from selfalign.sampling.settings import Guidance
+from selfalign.sampling.solvers.euler import Euler
+from selfalign.sampling.solvers.heun import Heun
+from selfalign.sampling.solvers.sde import EulerMaruyama
 
 NULL = 5
 LABELS = torch.tensor([0, 3, 4])
+NULLS = torch.full_like(LABELS, NULL)
 
 
 def counting(guidance, groups=None):
     """A guided model whose velocity is its label, and which records every call."""
     model = AnalyticModel(lambda x, t, labels: labels.to(x).expand_as(x))
-    return GuidedModel(model, LABELS, NULL, guidance, groups), model.calls
+    return GuidedModel(model, LABELS, NULLS, guidance, groups), model.calls
 
 
 def noise_of(shape=(3, 2, 4, 6)):
     return torch.randn(shape, generator=make_generator(0, "noise"))
+
+
+EULER = Euler()
+
+
+@torch.no_grad()
+def solved(guided, noise, steps, solver=EULER):
+    return solver.solve(
+        guided, noise.double(), steps, PATHS["linear"], lambda step: torch.zeros_like(noise)
+    )
 
 
 def rows(calls):
@@ -52,10 +66,11 @@ class TestFormula:
 
     def test_is_the_models_own_two_velocities(self):
         model = small_model()
-        guided = GuidedModel(model, LABELS, model.null_label, Guidance(2.5))
+        assert model.null_label == NULL
+        guided = GuidedModel(model, LABELS, NULLS, Guidance(2.5))
         x, t = noise_of().double(), torch.full((3,), 0.5, dtype=torch.float64)
         with torch.no_grad():
-            null = model.velocity(x, t, torch.full((3,), NULL))
+            null = model.velocity(x, t, NULLS)
             label = model.velocity(x, t, LABELS)
             assert torch.allclose(guided.at(0, 0.5)(x, 0.5), null + 2.5 * (label - null))
 
@@ -63,22 +78,22 @@ class TestFormula:
 class TestCost:
     def test_a_scale_of_one_doubles_nothing(self):
         guided, calls = counting(Guidance(1.0))
-        solve_ode(guided, noise_of(), 4, heun=True)
+        solved(guided, noise_of(), 4, Heun())
         assert rows(calls) == [3] * 7
         assert all(torch.equal(call["labels"], LABELS) for call in calls)
 
     def test_only_steps_that_start_inside_the_interval_are_doubled(self):
         guided, calls = counting(Guidance(2.0, (0.25, 0.5)))
-        solve_ode(guided, noise_of(), 8)  # t = 1, 7/8, …, 1/8
+        solved(guided, noise_of(), 8)  # t = 1, 7/8, …, 1/8
         assert rows(calls) == [3, 3, 3, 3, 6, 6, 6, 3]  # both ends belong to it
         inside = calls[4]
-        assert torch.equal(inside["labels"], torch.cat([LABELS, torch.full((3,), NULL)]))
+        assert torch.equal(inside["labels"], torch.cat([LABELS, NULLS]))
         assert torch.equal(inside["x"][:3], inside["x"][3:])
         assert torch.equal(calls[0]["labels"], LABELS)
 
     def test_heuns_second_evaluation_follows_the_first_ones_decision(self):
         guided, calls = counting(Guidance(2.0, (0.3, 0.6)))
-        solve_ode(guided, noise_of(), 4, heun=True)
+        solved(guided, noise_of(), 4, Heun())
         # step 1 → 0.75: out, out; 0.75 → 0.5: out, though its end lies inside; 0.5 → 0.25: in,
         # though its end lies outside; 0.25 → 0: out, and not corrected.
         assert rows(calls) == [3, 3, 3, 3, 6, 6, 3]
@@ -87,19 +102,13 @@ class TestCost:
 
     def test_the_sde_follows_the_interval_too(self):
         guided, calls = counting(Guidance(2.0, (0.3, 0.6)))
-        solve_sde(
-            guided,
-            noise_of(),
-            5,
-            path=PATHS["linear"],
-            step_noise=lambda step: torch.zeros(3, 2, 4, 6),
-        )
+        solved(guided, noise_of(), 5, EulerMaruyama())
         assert rows(calls) == [3, 3, 6, 3, 3]  # t = 1, .76, .52, .28, .04
 
     def test_an_interval_without_steps_is_no_guidance(self):
         model = small_model()
         outs = [
-            solve_ode(GuidedModel(model, LABELS, NULL, guidance), noise_of(), 4)
+            solved(GuidedModel(model, LABELS, NULLS, guidance), noise_of(), 4)
             for guidance in (Guidance(), Guidance(9.0, (0.8, 0.9)), Guidance(9.0))
         ]
         assert torch.equal(outs[0], outs[1])
@@ -112,8 +121,8 @@ class TestTokenGroups:
         return [torch.rand(3, 24, generator=generator).argsort(dim=1) for _ in range(count)]
 
     def solve(self, groups, guidance=None, model=None):
-        guided = GuidedModel(model or small_model(), LABELS, NULL, guidance or Guidance(), groups)
-        return solve_ode(guided, noise_of(), 4)
+        guided = GuidedModel(model or small_model(), LABELS, NULLS, guidance or Guidance(), groups)
+        return solved(guided, noise_of(), 4)
 
     def test_full_attention_groups_change_nothing(self):
         order = self.orders(1)[0]
@@ -142,12 +151,12 @@ class TestTokenGroups:
     def test_separated_groups_stay_apart_through_the_whole_solver(self, scale):
         order = self.orders(1)[0]
         groups = TokenGroups(order, (6, 18), separate=True)
-        guided = GuidedModel(small_model(), LABELS, NULL, Guidance(scale), lambda step: groups)
+        guided = GuidedModel(small_model(), LABELS, NULLS, Guidance(scale), lambda step: groups)
         noise = noise_of().double()
         changed = noise.clone().flatten(2)
         changed.scatter_add_(2, order[:, None, :6].expand(-1, 2, -1), torch.ones(3, 2, 6).double())
-        before = solve_ode(guided, noise, 3).flatten(2)
-        after = solve_ode(guided, changed.reshape(noise.shape), 3).flatten(2)
+        before = solved(guided, noise, 3).flatten(2)
+        after = solved(guided, changed.reshape(noise.shape), 3).flatten(2)
         moved = groups.sort((after != before).transpose(1, 2))
         assert moved[:, :6].all()
         assert not moved[:, 6:].any()
@@ -156,9 +165,9 @@ class TestTokenGroups:
         order = self.orders(1)[0]
         groups = TokenGroups(order, (6, 18), separate=True)
         model = small_model()
-        guided = GuidedModel(model, LABELS, NULL, Guidance(3.0), lambda step: groups)
+        guided = GuidedModel(model, LABELS, NULLS, Guidance(3.0), lambda step: groups)
         x, t = noise_of().double(), torch.full((3,), 0.5, dtype=torch.float64)
         with torch.no_grad():
-            null = model.velocity(x, t, torch.full((3,), NULL), groups)
+            null = model.velocity(x, t, NULLS, groups)
             label = model.velocity(x, t, LABELS, groups)
             assert torch.allclose(guided.at(0, 0.5)(x, 0.5), null + 3 * (label - null))

@@ -7,15 +7,38 @@ import pytest
 import torch
 from support import AnalyticModel
 
+from selfalign import UserError
 from selfalign.flow import PATHS
-from selfalign.sampling.guidance import Guidance, GuidedModel
-from selfalign.sampling.solvers import LAST_SDE_TIME, solve_ode, solve_sde
+from selfalign.sampling.guidance import GuidedModel
+from selfalign.sampling.settings import Guidance
+from selfalign.sampling.solvers.euler import Euler
+from selfalign.sampling.solvers.heun import Heun
+from selfalign.sampling.solvers.sde import EulerMaruyama
+
+SDE = EulerMaruyama()
 
 
 def guided_by(function, batch=3):
     model = AnalyticModel(function)
     labels = torch.zeros(batch, dtype=torch.long)
-    return GuidedModel(model, labels, 1, Guidance())
+    return GuidedModel(model, labels, torch.ones_like(labels), Guidance())
+
+
+@torch.no_grad()
+def solve_ode(guided, noise, steps, heun=False):
+    """From float32 noise, as `generate` hands it on."""
+    return (Heun() if heun else Euler()).solve(
+        guided, noise.double(), steps, PATHS["linear"], no_noise
+    )
+
+
+@torch.no_grad()
+def solve_sde(guided, noise, steps, path, step_noise, solver=SDE):
+    return solver.solve(guided, noise.double(), steps, path, step_noise)
+
+
+def no_noise(step):
+    raise AssertionError("an ODE has no noise")
 
 
 def noise_of(batch=3, size=(1, 2, 2)):
@@ -102,16 +125,25 @@ def test_samples_do_not_depend_on_their_batch(heun):
 
 def test_state_is_float64_while_the_model_runs_in_its_own_dtype():
     model = AnalyticModel(lambda x, t, y: x, dtype=torch.float32)
-    guided = GuidedModel(model, torch.zeros(3, dtype=torch.long), 1, Guidance())
+    labels = torch.zeros(3, dtype=torch.long)
+    guided = GuidedModel(model, labels, torch.ones_like(labels), Guidance())
     out = solve_ode(guided, noise_of(), 3)
     assert out.dtype == torch.float64
     assert {call["x"].dtype for call in model.calls} == {torch.float32}
     assert {call["t"].dtype for call in model.calls} == {torch.float32}
 
 
-def test_no_gradient_is_kept():
-    guided = guided_by(lambda x, t, y: x * torch.ones(1, requires_grad=True))
-    assert not solve_ode(guided, noise_of(), 2).requires_grad
+@pytest.mark.parametrize("solver", [Euler(), Heun(), SDE])
+def test_evaluations_are_foretold(solver):
+    # The progress and cost of sampling are reckoned from it.
+    guided = guided_by(lambda x, t, y: torch.zeros_like(x))
+    with torch.no_grad():
+        solver.solve(guided, noise_of().double(), 5, PATHS["linear"], lambda step: noise_of())
+    foretold = solver.evaluations(5)
+    assert len(foretold) == 5
+    assert sum(count for _, count in foretold) == len(guided.model.calls)
+    asked = [call["t"][0].item() for call in guided.model.calls]
+    assert {t for t, _ in foretold} <= set(asked)
 
 
 class TestSde:
@@ -133,8 +165,8 @@ class TestSde:
         out = self.solve(PATHS[path], mean, std, steps=300)
         # The last step takes the mean of x_0 given x_0.04, so that a known share of the variance
         # is missing; what remains is Monte Carlo error (4 standard errors) and the step's.
-        alpha = PATHS[path].alpha(torch.tensor(LAST_SDE_TIME)).item()
-        sigma = PATHS[path].sigma(torch.tensor(LAST_SDE_TIME)).item()
+        alpha = PATHS[path].alpha(torch.tensor(SDE.last_step)).item()
+        sigma = PATHS[path].sigma(torch.tensor(SDE.last_step)).item()
         kept = alpha**2 * std**2 / (alpha**2 * std**2 + sigma**2)
         count = len(out)
         assert abs(out.mean().item() - mean) < 4 * std / count**0.5 + 0.01
@@ -168,6 +200,24 @@ class TestSde:
         )
         times = [call["t"][0].item() for call in guided.model.calls]
         assert times == pytest.approx([1, 0.76, 0.52, 0.28, 0.04])
+
+    def test_the_last_step_starts_where_it_is_told(self):
+        guided = guided_by(lambda x, t, y: torch.zeros_like(x))
+        solve_sde(
+            guided,
+            noise_of(),
+            3,
+            path=PATHS["linear"],
+            step_noise=lambda step: torch.zeros(3, 1, 2, 2),
+            solver=EulerMaruyama(last_step=0.2),
+        )
+        times = [call["t"][0].item() for call in guided.model.calls]
+        assert times == pytest.approx([1, 0.6, 0.2])
+
+    @pytest.mark.parametrize("last_step", [0.0, 1.0, -0.1, math.nan])
+    def test_a_last_step_outside_the_interval_is_refused(self, last_step):
+        with pytest.raises(UserError, match=rf"solvers\.sde\.last_step is {last_step}"):
+            EulerMaruyama(last_step=last_step)
 
     def test_one_step_by_hand(self):
         # From t = 1, where the score is -x: x + (0 - 1)·(v + x) = -v.

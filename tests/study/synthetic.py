@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 
 from selfalign.study.grid import Effect, Grid, Row, Table, Variant
-from selfalign.study.plan import Measurement, Study, write_study
+from selfalign.study.plan import Study, write_study
 from selfalign.study.results import FAILED_SUFFIX, RUNS, RunResult, write_result
+from selfalign.study.settings import Measurement
+from selfalign.study.verdicts import register
 
 SETTINGS = {"model.size": "tiny/2", "training.steps": 400, "training.batch_size": 16}
 EFFECT = Effect("Separation", "Does it help?", (("sra-as", "sra"),), "Yes, it does.")
@@ -66,12 +68,14 @@ def write_synthetic_study(
     metrics: tuple[str, ...] = ("heldout_loss", "fd_classifier", "class_consistency"),
     settings: Mapping[str, Any] = SETTINGS,
     keep: Callable[[str, int], bool] = lambda variant, seed: True,
+    registered: bool = True,
 ) -> Study:
     """A study's folder: a variant is better the later it stands in the grid, with noise of the seed.
 
     Runs that are not kept fail at the first seed, and are waited for at the others.
     """
-    study = Study(grid, settings, seeds, fractions, Measurement(num=40), profile="laptop")
+    registration = register(grid, "fd_classifier", len(seeds)) if registered else None
+    study = Study(grid, settings, seeds, fractions, Measurement(num=40), "laptop", registration)
     write_study(folder, study)
     generator = np.random.default_rng(0)
     luck = {seed: generator.normal(0, 0.02) for seed in seeds}
@@ -99,6 +103,7 @@ def write_synthetic_study(
                 heldout_by_timestep=[loss + generator.normal(0, 0.01) for _ in range(10)],
                 curves=dict.fromkeys(metrics[:2], curve),
                 versions={"torch": "2.9"},
+                heldout_images={"fd_classifier": 1.1},
             ),
         )
         samples = run / "evaluation" / "step_00000400-ema-0" / "samples.npz"

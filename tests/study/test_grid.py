@@ -1,14 +1,15 @@
 """Grids: the paper's, and those of a user's files."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 
 from selfalign import RunConfig, recipe
+from selfalign.config import config_to_dict
 from selfalign.errors import UserError
-from selfalign.study.grid import Grid, Table, Variant, load_grid
-from selfalign.study.paper import PAPER
+from selfalign.study.grid import Effect, Grid, Table, Variant
+from selfalign.study.grid_file import load_grid
+from selfalign.study.paper import PAPER, TWO_BY_TWO
 
 YAML = """
 variants:
@@ -30,18 +31,18 @@ def _differences(name: str, other: str) -> set[str]:
     """Fields in which two of the paper's variants differ."""
 
     def flat(config: RunConfig) -> dict[str, object]:
-        tree = dataclasses.asdict(config)
-        return {
-            f"{section}.{field}": value
-            for section, values in tree.items()
-            if isinstance(values, dict)
-            for field, value in values.items()
-        }
+        def leaves(name: str, held: object) -> dict[str, object]:
+            if not isinstance(held, dict):
+                return {name: held}
+            inner = (leaves(f"{name}.{key}".strip("."), value) for key, value in held.items())
+            return {key: value for part in inner for key, value in part.items()}
+
+        return leaves("", config_to_dict(config))
 
     trees = []
     for variant in (PAPER.variants[name], PAPER.variants[other]):
         trees.append(flat(recipe(variant.recipe, variant.settings)))
-    return {field for field in trees[0] if trees[0][field] != trees[1][field]}
+    return {name for name in trees[0].keys() | trees[1] if trees[0].get(name) != trees[1].get(name)}
 
 
 def test_paper_covers_its_tables_once() -> None:
@@ -66,19 +67,27 @@ def test_paper_figures() -> None:
 
 
 def test_contrasts_differ_in_their_switch_alone() -> None:
-    cross_noise, noise_state, partial_view = PAPER.effects
-    for with_, without in cross_noise.contrasts:
-        assert _differences(with_, without) == {"views.attention"}
-    for with_, without in noise_state.contrasts:
-        # With one group there is nothing to share out, and nothing for a teacher to see in groups.
-        groups = {"views.mask_ratios", "alignment.teacher_groups"} if without == "sra" else set()
-        assert _differences(with_, without) == {"views.timesteps", *groups}
-    for with_, without in partial_view.contrasts:
-        assert _differences(with_, without) == {
-            "views.attention",
-            "views.mask_ratios",
-            "alignment.teacher_groups",
-        }
+    # With one group there is nothing to share out, and nothing for a teacher to see in groups.
+    groups = {"views.mask_ratios", "targets.ema.groups"}
+    switches = {
+        "Dual timesteps, full attention": {"views.timesteps", *groups},
+        "Dual timesteps, separated attention": {"views.timesteps"},
+        "Separation, single timestep": {"views.attention", *groups},
+        "Separation, dual timesteps": {"views.attention"},
+    }
+    for effect in PAPER.effects[:4]:
+        ((with_, without),) = effect.contrasts
+        assert _differences(with_, without) == switches[effect.title]
+
+
+def test_the_interaction_is_a_difference_of_differences() -> None:
+    """Separation alone costs as well; that is no interaction, and subtracted."""
+    interaction = PAPER.effects[-1]
+    assert interaction.weights == {"sra-dts": 1, "sra": -1, "sra-dts-as": -1, "sra-as": 1}
+    assert interaction.half_of == PAPER.effects[0].title
+    assert TWO_BY_TWO.effects == PAPER.effects and set(TWO_BY_TWO.variants) == set(
+        interaction.weights
+    )
 
 
 def test_yaml_and_python_describe_the_same(tmp_path: Path) -> None:
@@ -96,26 +105,85 @@ def test_yaml_and_python_describe_the_same(tmp_path: Path) -> None:
     assert load_grid(tmp_path / "mixing.py") == grid
 
 
+ONE = "variants: {a: {recipe: sit}, b: {recipe: sra}}\n"
+
+
+def _effect(contrasts: str, more: str = "") -> str:
+    return ONE + f"effects: [{{title: e, question: q, contrasts: {contrasts}{more}}}]"
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("a.yaml", "variants: {a: {recipe: nothing}}", "recipe is 'nothing': allowed are sit"),
-        ("a.yaml", "variants: {a: {recipe: sra, setings: {}}}", "is not a grid.*setings"),
+        (
+            "a.yaml",
+            "variants: {a: {recipe: nothing}}",
+            "a.yaml, variant 'a': recipe is 'nothing': al",
+        ),
+        (
+            "a.yaml",
+            "variants: {a: {recipe: sra, setings: {}}}",
+            "variant 'a': .*no field 'setings'",
+        ),
+        ("a.yaml", "variants: {a: {recipe: sra, settings: [1]}}", "variant 'a': .*at settings"),
+        ("a.yaml", "variants: {a: {recipe: [1]}}", "variant 'a': Expected str.* at recipe"),
+        ("a.yaml", "variants: {a: sra}", "variant 'a': Expected object"),
+        ("a.yaml", "variants: [a]", "is not a grid: variants"),
         ("a.yaml", "variants: [", "is not a grid"),
+        ("a.yaml", "[" * 3000, "is not a grid"),
+        ("a.yaml", "variants: &x {a: *x}", "is not a grid: RecursionError"),
+        ("a.yaml", "\x00\x01", "is not a grid"),
         ("a.yaml", "nothing", "is not a grid"),
+        ("a.yaml", "", "is not a grid"),
+        ("a.yaml", "- a", "is not a grid"),
         ("a.yaml", "tables: []", "is not a grid.*variants"),
+        ("a.yaml", "variants: {}", "no variants"),
+        ("a.yaml", "variants: {a: {recipe: sra, settings: {views.colour: 1}}}", "views.colour"),
         (
             "a.yaml",
-            "variants: {a: {recipe: sra, settings: {views.colour: 1}}}",
-            "views.colour",
+            "variants: {a: {recipe: sra, settings: {training.steps: x}}}",
+            "'a': training.s",
         ),
         (
             "a.yaml",
-            "variants: {a: {recipe: sra}}\ntables: [{title: T, rows: [b]}]",
-            "there is no variant 'b'; there are a",
+            ONE + "tables: [{title: T, rows: [c]}]",
+            "there is no variant 'c'; there are a, b",
         ),
+        ("a.yaml", ONE + "tables: 5", "Expected array, got str - at tables"),
+        ("a.yaml", ONE + "baseline: [a]", "at baseline"),
+        ("a.yaml", ONE + "colour: red", "no field 'colour'"),
+        (
+            "a.yaml",
+            ONE + "tables: [{title: T, rows: [{variant: a, paper: {FID: x}}]}]",
+            "Expected float",
+        ),
+        (
+            "a.yaml",
+            ONE + "tables: [{title: T, rows: []}, {title: T, rows: []}]",
+            "'T' stands twice",
+        ),
+        ("a.yaml", _effect("[a]"), "at effects.0..contrasts"),
+        ("a.yaml", _effect("[[a]]"), "length 2, got 1"),
+        ("a.yaml", _effect("[[a, b, a]]"), "length 2, got 3"),
+        ("a.yaml", _effect("[]"), "has no contrasts"),
+        ("a.yaml", _effect("[[a, a]]"), "compares 'a' with itself"),
+        ("a.yaml", _effect("[[a, c]]"), "no variant 'c'"),
+        ("a.yaml", _effect("[[a, b]]", ", half_of: f"), "half_of is 'f'"),
+        ("a.yaml", _effect("[[a, b]]", ", question: r"), "'question' stands twice"),
+        ("a.yaml", _effect("[[a, b]]", ', claim: "\\ud800"'), "holds the characters"),
+        ("a.yaml", ONE + "variants: {}", "'variants' stands twice"),
+        (
+            "a.yaml",
+            "variants:\n  a: {recipe: sit}\n  a: {recipe: sra}",
+            "'a' stands twice .*line 2",
+        ),
+        ("a.yaml", "variants: {a: {recipe: !!python/name:os.system }}", "tags are not allowed"),
+        ("a.yaml", "variants: {? [a] : {recipe: sit}}", "a key is no word"),
         ("a.py", "1/0", "cannot be run: ZeroDivisionError"),
+        ("a.py", "import sys; sys.exit(0)", "cannot be run: SystemExit"),
+        ("a.py", "def", "cannot be run: SyntaxError"),
         ("a.py", "GRID = 3", "must define GRID"),
+        ("a.py", "from selfalign.study.grid import *\nGRID = Grid('g', {})", "a.py: .*no variants"),
         ("a.txt", "", "neither a .py nor a .yaml"),
     ],
 )
@@ -123,7 +191,87 @@ def test_wrong_files_are_one_line(tmp_path: Path, name: str, text: str, said: st
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=said) as caught:
         load_grid(tmp_path / name)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        " ",
+        ".",
+        "..",
+        "../x",
+        "/etc",
+        "a\\..\\b",
+        "a//b",
+        "a/",
+        "a\0b",
+        "a\nb",
+        "\ud800",
+        "\x1b[31m",
+        "x" * 301,
+    ],
+)
+def test_names_that_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match="name") as caught:
+        Grid("g", {name: Variant("sit")})
+    assert str(caught.value).isprintable()
+
+
+def test_names_that_only_hold_a_slash() -> None:
+    assert Grid("g", {name: Variant("sit") for name in ("1/2", "<b>a</b>", "[/x]", "$\\frac$")})
+    with pytest.raises(UserError, match="a path is no name"):
+        Grid("g", {name: Variant("sit") for name in ("a", "a/seed_0")})
+
+
+def test_aliases_do_not_multiply(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]" for k in range(1, 9)]
+    (tmp_path / "a.yaml").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="aliases included"):
+        load_grid(tmp_path / "a.yaml")
+
+
+def test_words_of_yaml_are_what_they_look_like(tmp_path: Path) -> None:
+    """YAML 1.1 reads 1e-3 as text, on as True, 12:30 as 750 and a date as a date."""
+    (tmp_path / "g.yaml").write_text(
+        "variants:\n"
+        "  0.25: {recipe: sit, settings: {training.learning_rate: 1e-3}}\n"
+        "  on: {recipe: sit, settings: {training.steps: 10, training.compile: yes}}\n"
+        "  1e-3: {recipe: sit, settings: {data.root: 2024-01-01}}\n"
+        "  null: {recipe: sit, settings: {data.root: '7', training.adam_betas: [.9, 0.99]}}\n"
+        "  010: &base {recipe: sit}\n"
+        "  12:30: {<<: *base, recipe: sra}\n"
+        "baseline: on\n"
+        "tables: [{title: 1, rows: [0.25, on, 1e-3, null, 010, 12:30]}]\n"
+        "effects: [{title: 2, question: yes, contrasts: [[on, 0.25]]}]\n"
+    )
+    grid = load_grid(tmp_path / "g.yaml")
+    assert list(grid.variants) == ["0.25", "on", "1e-3", "null", "010", "12:30"]
+    assert [row.variant for row in grid.tables[0].rows] == list(grid.variants)
+    assert grid.baseline == "on" and grid.effects[0].contrasts == (("on", "0.25"),)
+    settings = [variant.settings for variant in grid.variants.values()]
+    assert settings[0] == {"training.learning_rate": 1e-3}
+    assert settings[1] == {"training.steps": 10, "training.compile": True}
+    assert settings[2] == {"data.root": "2024-01-01"}
+    assert settings[3] == {"data.root": "7", "training.adam_betas": [0.9, 0.99]}
+    assert grid.variants["12:30"].recipe == "sra"
+
+
+def test_an_effect_is_a_weighted_sum() -> None:
+    effect = Effect("e", "?", (("ds", "s"),), minus=(("da", "a"),))
+    assert effect.weights == {"ds": 1, "s": -1, "da": -1, "a": 1}
+    mean = Effect("e", "?", (("a", "b"), ("c", "b")))
+    assert mean.weights == {"a": 0.5, "b": -1, "c": 0.5} and mean.reference == {"b": 1}
+    assert [
+        Effect("e", "?", (("a", "b"),), c).expected for c in ("Yes, x", "No.", "Equal", "")
+    ] == [
+        "gain",
+        "no gain",
+        "equal",
+        "",
+    ]
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from selfalign import cli
-from selfalign.sampling.generate import SamplingConfig
+from selfalign.sampling.settings import SamplingConfig
 from selfalign.study.grid import Grid, Variant
-from selfalign.study.launch import LaunchConfig, launch
-from selfalign.study.plan import Job, Measurement, Study, write_study
+from selfalign.study.launch import launch
+from selfalign.study.plan import Job, Study, write_study
 from selfalign.study.results import METRICS, StudyResults, read_results
+from selfalign.study.settings import LaunchConfig, Measurement
 
 SETTINGS = {
     "model.size": "tiny/4",
@@ -82,6 +83,13 @@ def test_every_run_is_measured(finished: Path) -> None:
         assert run.metrics["generalisation_gap"] == pytest.approx(gap)
         assert len(run.heldout_by_timestep) == 10
         assert run.seconds_per_step > 0 and run.flops_per_step > 0
+        assert run.heldout_images["fd_classifier"] > 0
+    errors = results.pair_errors(results.done)
+    for run in results.done:
+        kept = errors.by_run[run.variant, run.seed]
+        assert len(kept) == 20 and kept.mean() == pytest.approx(
+            run.metrics["heldout_loss"], rel=1e-6
+        )
 
 
 def test_a_failed_run_is_reported_and_stops_no_other(finished: Path) -> None:
@@ -98,7 +106,8 @@ def test_a_killed_study_goes_on_where_it_was(finished: Path, tmp_path: Path) -> 
     write_study(tmp_path, Study(grid, SETTINGS, (0,), measurement=MEASUREMENT))
     script = (
         "import sys; from pathlib import Path\n"
-        "from selfalign.study.launch import LaunchConfig, launch\n"
+        "from selfalign.study.launch import launch\n"
+        "from selfalign.study.settings import LaunchConfig\n"
         "for status in launch(Path(sys.argv[1]), LaunchConfig(processes=2)): pass\n"
     )
     study = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
@@ -126,6 +135,7 @@ def test_stopping_a_study_leaves_its_runs_at_a_checkpoint(tmp_path: Path) -> Non
     assert results.waiting == ("sit/seed_0",) and not results.failed
 
 
+@pytest.mark.slow
 def test_submitit_runs_the_same(finished: Path, tmp_path: Path) -> None:
     grid = Grid("small", {name: GRID.variants[name] for name in ("hopeless", "sra-dts-as")})
     write_study(tmp_path, Study(grid, SETTINGS, (0,), measurement=MEASUREMENT))

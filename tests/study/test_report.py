@@ -1,5 +1,7 @@
 """The report of a made-up study, read in a browser as a person would read it."""
 
+import dataclasses
+import html
 import itertools
 import json
 import shlex
@@ -12,10 +14,11 @@ from study.synthetic import GRID, SETTINGS, write_synthetic_study
 
 from selfalign.cli.console import parse
 from selfalign.cli.train import TrainArguments
+from selfalign.errors import UserError
 from selfalign.recipes import recipe
-from selfalign.study.grid import Grid, Variant
+from selfalign.study.grid import Effect, Grid, Row, Table, Variant
 from selfalign.study.paper import PAPER, QUESTION
-from selfalign.study.plan import Study
+from selfalign.study.plan import Study, write_study
 from selfalign.study.report import write_report
 from selfalign.study.report.provenance import study_command, train_command
 
@@ -93,6 +96,22 @@ class TestInABrowser:
         )
         assert smallest >= 9.5
 
+    def test_text_in_charts_keeps_apart(self, page):
+        """Labels in a forest plot lie beside each other, and within their chart."""
+        page.set_viewport_size({"width": 1280, "height": 900})
+        boxes = page.evaluate(
+            "[...document.querySelectorAll('.front svg.chart')].map(s => [s.getBoundingClientRect(),"
+            " ...[...s.querySelectorAll('text')].map(t => t.getBoundingClientRect())]"
+            ".map(r => [r.left, r.top, r.right, r.bottom]))"
+        )
+        assert len(boxes) == 2
+        for (left, top, right, bottom), *texts in boxes:
+            for a, b in itertools.combinations(texts, 2):
+                apart = a[2] <= b[0] + 1 or b[2] <= a[0] + 1 or a[3] <= b[1] + 2 or b[3] <= a[1] + 2
+                assert apart, "two texts overlap"
+            assert all(t[0] >= left - 2 and t[2] <= right + 2 for t in texts)
+            assert all(t[1] >= top - 2 and t[3] <= bottom + 2 for t in texts)
+
     def test_every_image_is_there_and_described(self, page):
         images = page.evaluate(
             "[...document.images].map(i => [i.naturalWidth, i.alt])"
@@ -164,19 +183,26 @@ class TestInABrowser:
         assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
 
     def test_answers_and_failures_are_told(self, page):
-        text = page.inner_text("main")
-        assert "The paper makes two claims. On the held-out denoising loss, " in text
-        assert "It improves the held-out denoising loss by " in text
-        assert "One seed cannot tell for the held-out denoising loss" in text
+        text = " ".join(page.inner_text("main").split())
+        assert "Of 4 tests of the paper’s claims, " in text
+        assert "supported there is a gain: held-out denoising loss 0.0" in text
+        assert "smallest detectable effect 0.0" in text and "margin 0.0" in text
         assert "What sets the variants of small apart?" in text
         assert (
             "This study is not complete. 20 of 24 runs are done, 2 failed, 2 are not there yet"
             in text
         )
         assert "ValueError: <b>no</b> & nothing" in text
-        assert "cannot be told from one seed" in text, "of the trends"
-        assert "none is corrected for their number" in text
+        assert "whether it is worth more with 25 % of the training images" in text, "of the trends"
+        assert "2 effects on 2 metrics, p-values adjusted by Holm" in text
+        assert "All else on this page is exploratory" in text
         assert "another model, other data and another metric" in text
+        assert "Nothing was registered beforehand" not in text
+
+    def test_real_held_out_images_stay_below_every_table(self, page):
+        rows = page.locator("table.sortable tfoot tr").all_inner_texts()
+        assert len(rows) == len(GRID.tables)
+        assert all(row.startswith("real held-out images") and "1.10" in row for row in rows)
 
     def test_paper_shows_what_a_screen_folds_away(self, page):
         page.emulate_media(media="print")
@@ -206,6 +232,9 @@ class TestFiles:
         low, high = effect["difference"]["interval"]
         assert low < effect["difference"]["mean"] < high < 0
         assert set(effect["difference"]["by_seed"]) == {"0", "1", "2"}
+        assert effect["headline"] and effect["margin"] > 0 and effect["smallest_detectable"] > 0
+        assert set(effect["p_values_holm"]) == {"gain", "small", "equal", "differs"}
+        assert numbers["registered_beforehand"] and numbers["study"]["registration"]["seeds"] == 3
         assert set(numbers["sample_efficiency"]["heldout_loss"]["sra"]) == {"0.25", "1"}
         assert numbers["answers"].keys() == {effect.title for effect in GRID.effects}
 
@@ -225,6 +254,86 @@ class TestOtherStudies:
         write_synthetic_study(tmp_path / "s", grid=PAPER, seeds=(0, 1))
         text = write_report(tmp_path / "s").read_text()
         assert f"<h1>{QUESTION}</h1>" in text and "paper: FID 800K" in text
+
+    def test_that_registered_nothing(self, tmp_path):
+        """As those of version 0.1.0."""
+        write_synthetic_study(tmp_path / "s", registered=False)
+        text = write_report(tmp_path / "s").read_text()
+        assert "Nothing was registered beforehand" in text and "Applied afterwards" in text
+
+    def test_with_more_seeds_than_were_planned(self, tmp_path):
+        study = write_synthetic_study(tmp_path / "s", seeds=(0, 1))
+        write_study(tmp_path / "s", dataclasses.replace(study, seeds=(0, 1, 2)))
+        assert (
+            "2 seeds were planned, and 3 were asked for" in write_report(tmp_path / "s").read_text()
+        )
+
+    def test_whose_runs_are_elsewhere_keeps_its_numbers(self, tmp_path):
+        write_synthetic_study(tmp_path / "s")
+        write_report(tmp_path / "s")
+        shutil.rmtree(tmp_path / "s" / "runs")
+        numbers = (tmp_path / "s" / "report.json").read_text()
+        with pytest.raises(UserError, match="the numbers of 12 runs and none of the runs"):
+            write_report(tmp_path / "s")
+        assert (tmp_path / "s" / "report.json").read_text() == numbers
+
+    def test_with_names_from_outside(self, tmp_path):
+        """Names are text: no mathtext, no markup, no HTML, no path, whatever they hold."""
+        names = [
+            "$x$",
+            "<b>a</b>",
+            "$\\frac$",
+            "[red]a[/red]",
+            "[/x]",
+            "שלום",
+            "a {{ b }}",
+            "x" * 300,
+            "🙂",
+        ]
+        pairs = tuple(itertools.pairwise(names))
+        grid = Grid(
+            "<i>$g$[/]",
+            {name: Variant("sit") for name in names},
+            (
+                Table(
+                    "<t>$", tuple(Row(n, {"$f": "<f>"}, {"[p]": 1.0}) for n in names), "line\nline"
+                ),
+            ),
+            tuple(Effect(f"{a} & {b}"[:300], "<q>", ((a, b),), "Yes <c>") for a, b in pairs[:4]),
+        )
+        write_synthetic_study(tmp_path / "s", grid=grid)
+        report = write_report(tmp_path / "s")
+        text = report.read_text()
+        assert "&lt;b&gt;a&lt;/b&gt;" in text and "<b>a</b>" not in text and "<c>" not in text
+        assert all(html.escape(name) in text for name in names)
+        assert {path.name for path in (tmp_path / "s").iterdir()} == {
+            "study.json",
+            "runs",
+            "report.html",
+            "report.json",
+        }
+
+    def test_with_settings_that_are_no_unicode(self, tmp_path):
+        settings = {**SETTINGS, "data.name": "folder", "data.root": "gone\udcff"}
+        write_synthetic_study(tmp_path / "s", settings=settings)
+        assert "gone\\udcff" in write_report(tmp_path / "s").read_text()
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("{", "cannot be read"),
+            ("[]", "Expected object"),
+            ('{"variant": 3}', "variant|missing"),
+            ("\udcff", "cannot be read"),
+        ],
+    )
+    def test_with_a_damaged_result(self, tmp_path, text, said):
+        write_synthetic_study(tmp_path / "s")
+        file = tmp_path / "s" / "runs" / "sra" / "seed_1" / "result.json"
+        file.write_bytes(text.encode(errors="surrogateescape"))
+        with pytest.raises(UserError, match=said) as caught:
+            write_report(tmp_path / "s")
+        assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
     def test_of_data_that_is_not_here(self, tmp_path):
         settings = {**SETTINGS, "data.name": "folder", "data.root": "gone"}

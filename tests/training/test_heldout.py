@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfalign import recipe, resolve
-from selfalign.config import DataConfig
-from selfalign.data import open_data
-from selfalign.models.sit import SiT
+from selfalign import build_student, recipe, resolve
+from selfalign.data.datasets import open_data
 from selfalign.randomness import make_generator
-from selfalign.run import load_run
+from selfalign.runs.load import load_run
+from selfalign.sections import DataConfig
 from selfalign.training.heldout import heldout_loss
 
 
@@ -27,7 +26,7 @@ def test_does_not_depend_on_the_batch_size(small_run: Path) -> None:
 def test_an_untrained_model_has_the_loss_of_predicting_zero() -> None:
     source = open_data(DataConfig())
     config = resolve(recipe("sit", {"model.size": "tiny/2"}), 1, (8, 8), 10)
-    loss = heldout_loss(SiT.from_config(config), source.heldout, "linear", 4000)
+    loss = heldout_loss(build_student(config), source.heldout, "linear", 4000)
     images, _ = source.heldout.read(range(400))
     # E|noise - x0|² = 1 + E x0², at every t.
     expected = 1 + images.square().mean().item()
@@ -49,7 +48,7 @@ def test_every_image_meets_every_bin() -> None:
 
     config = resolve(recipe("sit", {"model.size": "tiny/2"}), 1, (8, 8), 10)
     split = Recorder()
-    heldout_loss(SiT.from_config(config), split, "linear", 100)  # type: ignore[arg-type]
+    heldout_loss(build_student(config), split, "linear", 100)  # type: ignore[arg-type]
     assert sorted(split.seen) == sorted(list(range(10)) * 10)
     assert len({(image, i % 10) for i, image in enumerate(split.seen)}) == 100
 
@@ -74,7 +73,7 @@ def test_standard_error_is_the_spread_over_sets_of_images(
     size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = resolve(recipe("sit", {"model.size": "tiny/4"}), 1, (8, 8), 10)
-    model = SiT.from_config(config)
+    model = build_student(config)
     losses = []
     for seed in range(60):
         monkeypatch.setattr("selfalign.training.heldout._SEED", seed)
@@ -92,7 +91,7 @@ def test_standard_error_combines_the_variances_within_bins() -> None:
     """By hand, where every pair has an image of its own: an untrained model says 0 everywhere."""
     source = Noise(0, 100)
     config = resolve(recipe("sit", {"model.size": "tiny/4"}), 1, (8, 8), 10)
-    loss = heldout_loss(SiT.from_config(config), source, "linear", 40)
+    loss = heldout_loss(build_student(config), source, "linear", 40)
     variances = []
     for k in range(10):
         errors = []
@@ -118,6 +117,6 @@ def test_one_image_is_enough() -> None:
             return source.heldout.read(indices)
 
     config = resolve(recipe("sit", {"model.size": "tiny/2"}), 1, (8, 8), 10)
-    loss = heldout_loss(SiT.from_config(config), One(), "linear", 20)
+    loss = heldout_loss(build_student(config), One(), "linear", 20)
     assert all(value > 0 for value in loss.by_timestep)
     assert loss.standard_error == pytest.approx(0, abs=1e-9)

@@ -1,5 +1,6 @@
 """A run: exact resume, stopping, accumulation, schedules, and what it leaves behind."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,12 +13,16 @@ import pytest
 import torch
 from conftest import SMALL
 from safetensors.torch import load_file
-from support import RECIPE_NAMES
+from support import RECIPE_NAMES, assert_same_run, assert_same_state, blocks_of
 
 from selfalign import UserError, override, recipe
-from selfalign.config import RunConfig, TrainingConfig
-from selfalign.run import read_config, resume_run, start_run
-from selfalign.training.checkpoint import FILES, latest_checkpoint
+from selfalign.config import RunConfig
+from selfalign.data.datasets import open_data
+from selfalign.data.stream import BatchOfMicroStep
+from selfalign.runs.folder import read_record
+from selfalign.runs.start import resume_run, start_run
+from selfalign.sections import DataConfig, TrainingConfig
+from selfalign.training.checkpoint import latest_checkpoint
 from selfalign.training.ema import EMA
 from selfalign.training.loop import TrainingState
 from selfalign.training.step import learning_rate
@@ -26,20 +31,6 @@ from selfalign.training.tracking import read_metrics
 
 def quiet(state: TrainingState, values: dict[str, float]) -> None:
     """No progress."""
-
-
-def assert_same_state(first: Path, second: Path) -> None:
-    """Weights, EMA and optimizer of two runs' last checkpoints are bitwise the same."""
-    for file in FILES[:3]:
-        a, b = (load_file(latest_checkpoint(f / "checkpoints") / file) for f in (first, second))
-        assert a.keys() == b.keys()
-        assert [name for name in a if not torch.equal(a[name], b[name])] == []
-
-
-def logged_losses(folder: Path) -> list[dict[str, float]]:
-    """The logged losses, without what depends on the clock."""
-    lines = read_metrics(folder)
-    return [{k: v for k, v in line.items() if k != "samples_per_second"} for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -52,8 +43,15 @@ def logged_losses(folder: Path) -> list[dict[str, float]]:
             "views.whole_image_fraction": 0.25,
         },
         {"training.schedule": "cosine", "training.warmup_steps": 5, "flow.path": "cosine"},
+        {
+            "training.optimizer": "muon",
+            "objective.terms": ("dispersive",),
+            "terms.alignment.decay": "cosine",
+            "terms.alignment.decay_steps": 30,
+            "terms.alignment.stop_step": 30,
+        },
     ],
-    ids=["plain", "accumulated", "scheduled"],
+    ids=["plain", "accumulated", "scheduled", "muon-and-terms"],
 )
 def test_resuming_is_exact(tmp_path: Path, overrides: dict[str, object]) -> None:
     every = {"training.evaluate_every": 20, "training.checkpoint_every": 20}
@@ -73,8 +71,7 @@ def test_resuming_is_exact(tmp_path: Path, overrides: dict[str, object]) -> None
         start_run(config, halves, kill)
     assert read_metrics(halves)[-1]["step"] == 22
     resume_run(halves, None, quiet)
-    assert_same_state(tmp_path / "whole", halves)
-    assert logged_losses(tmp_path / "whole") == logged_losses(halves)
+    assert_same_run(tmp_path / "whole", halves)
 
 
 def test_a_finished_run_goes_on_as_if_it_had_been_longer(tmp_path: Path) -> None:
@@ -83,8 +80,9 @@ def test_a_finished_run_goes_on_as_if_it_had_been_longer(tmp_path: Path) -> None
     start_run(override(config, {"training.steps": 20}), tmp_path / "halves", quiet)
     resume_run(tmp_path / "halves", 40, quiet)
     assert_same_state(tmp_path / "whole", tmp_path / "halves")
-    with pytest.raises(UserError, match="finished: 40 of 40"):
-        resume_run(tmp_path / "halves", 40, quiet)
+    assert resume_run(tmp_path / "halves", 40, quiet) is None  # done: no error
+    with pytest.raises(UserError, match="training.steps is 39: 40 steps of .* are done"):
+        resume_run(tmp_path / "halves", 39, quiet)
 
 
 @pytest.mark.parametrize("name", RECIPE_NAMES)
@@ -93,9 +91,11 @@ def test_every_recipe_trains(tmp_path: Path, name: str) -> None:
     state = start_run(config, tmp_path / "run", quiet)
     assert state.step == 3
     losses = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
-    aligned = config.alignment.target != "none"
-    assert all((line["alignment_loss"] > 0) == aligned for line in losses)
-    assert (state.student.ap_head is not None) == aligned
+    aligned = name != "sit"
+    assert losses
+    assert all(("alignment_loss" in line) == aligned for line in losses)
+    assert all(line["alignment_loss"] > 0 for line in losses if aligned)
+    assert hasattr(state.student, "ap_head") == aligned
 
 
 def test_recipes_start_from_the_same_weights_and_see_the_same_noise(tmp_path: Path) -> None:
@@ -128,15 +128,15 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(
     step = json.loads((checkpoint / "state.json").read_text())["step"]
     assert f"stopped after step {step} of 100000" in output
     assert f"selfalign train --resume {folder}" in output
-    assert resume_run(folder, step + 2, quiet).step == step + 2
+    state = resume_run(folder, step + 2, quiet)
+    assert state is not None and state.step == step + 2
 
 
 def test_a_run_leaves_what_the_design_says(small_run: Path) -> None:
     assert (small_run / "curves.png").stat().st_size > 1000
     assert [p.name for p in (small_run / "samples").iterdir()] == ["step_00000006.png"]
-    config, _ = read_config(small_run)
-    assert config.alignment.student_block == 2
-    assert config.alignment.teacher_block == 4
+    config = read_record(small_run).config
+    assert blocks_of(config) == (2, 4)
     assert config.model.image_size == (8, 8)
     last = read_metrics(small_run)[-1]
     assert len(last["heldout_ema_by_timestep"]) == len(last["heldout_raw_by_timestep"]) == 10
@@ -171,11 +171,81 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_move(tmp_pat
     wild = {"training.learning_rate": 1e30, "training.clip_norm": 0.0, "training.steps": 50}
     config = recipe("sra-dts-as", {**SMALL, **wild, "training.checkpoint_every": 1})
     with pytest.raises(
-        UserError, match=r"no longer finite at step \d+: lower training.learning_rate"
+        UserError, match=r"no longer finite at step \d+ \(its batch: images .* 5 more"
     ):
         start_run(config, folder, quiet)
     weights = load_file(latest_checkpoint(folder / "checkpoints") / "model.safetensors")
     assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+
+
+def poisoned_data(monkeypatch: pytest.MonkeyPatch, images: range) -> None:
+    """The training images of digits, some of them not numbers."""
+    source = open_data(DataConfig())
+    pixels = source.train.images.clone()  # type: ignore[attr-defined]
+    pixels[list(images), 0, 3, 3] = torch.nan
+    split = dataclasses.replace(source.train, images=pixels)  # type: ignore[type-var]
+    poisoned = dataclasses.replace(source, train=split)
+    monkeypatch.setattr("selfalign.runs.start.open_data", lambda *_: poisoned)
+
+
+def batch_of(step: int, config: RunConfig) -> list[int]:
+    """The images of a step, counted from 1."""
+    split = open_data(config.data).train
+    batches = BatchOfMicroStep(split, config.seed, config.training.batch_size, 0, 1)
+    return batches.indices(step - 1)
+
+
+@pytest.mark.parametrize("optimizer", ["fused", "other"])
+def test_data_that_is_not_finite_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    if optimizer == "other":
+        monkeypatch.setattr(torch.optim.AdamW, "_step_supports_amp_scaling", False, raising=False)
+    config = recipe("sit", {**SMALL, "training.steps": 20, "training.log_every": 3})
+    image = batch_of(4, config)[5]
+    poisoned_data(monkeypatch, range(image, image + 1))
+    with pytest.raises(UserError, match=f"data is not finite at step 4, .*: image number {image};"):
+        start_run(config, tmp_path / "run", quiet)
+    allowed = override(config, {"training.on_nonfinite": "skip:1"})
+    state = start_run(allowed, tmp_path / "skipping", quiet)
+    assert state.step == 20 and state.skipped == 1
+    lines = [line for line in read_metrics(tmp_path / "skipping") if "loss" in line]
+    assert [line.get("skipped_steps") for line in lines] == [None, *[1] * 6]
+    assert all(bool(p.isfinite().all()) for p in state.ema.model.parameters())
+    resume_run(tmp_path / "skipping", 22, quiet)
+    assert read_metrics(tmp_path / "skipping")[-2]["skipped_steps"] == 1
+
+
+def test_what_on_nonfinite_allows() -> None:
+    for value in ("skip", "skip:0", "skip:-1", "skip:x", "go on"):
+        with pytest.raises(UserError, match="on_nonfinite is .*allowed are stop and skip:N"):
+            TrainingConfig(on_nonfinite=value)
+    assert TrainingConfig(on_nonfinite="skip:12").nonfinite_allowed == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16"),
+        ("ACCELERATE_DYNAMO_BACKEND", "inductor"),
+    ],
+)
+def test_variables_of_launchers_change_no_number(
+    tmp_path: Path, small_run: Path, small_config: RunConfig,
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv(name, value)
+    start_run(small_config, tmp_path / "run", quiet)
+    assert_same_run(small_run, tmp_path / "run")
+
+
+def test_other_ways_of_sharing_are_refused(
+    tmp_path: Path, small_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="ACCELERATE_USE_FSDP is set: .* torchrun"):
+        start_run(small_config, tmp_path / "run", quiet)
 
 
 def test_bf16_trains_close_to_float32(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from support import in_two_processes
 
-from selfalign.run import read_config
+from selfalign.runs.folder import read_record
 from selfalign.training.checkpoint import checkpoint_name, latest_checkpoint
 from selfalign.training.tracking import read_metrics
 
@@ -48,7 +48,7 @@ def test_two_processes_train_one_run(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [2, 4, 4]  # two of training, one of held-out losses
     checkpoint = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert json.loads((checkpoint / "state.json").read_text())["step"] == 4
-    assert read_config(tmp_path / "run")[0].training.batch_size == 16
+    assert read_record(tmp_path / "run").config.training.batch_size == 16
 
 
 def test_what_only_one_process_cannot_do_ends_both_with_one_line(tmp_path: Path) -> None:
@@ -58,7 +58,8 @@ def test_what_only_one_process_cannot_do_ends_both_with_one_line(tmp_path: Path)
     codes, said = zip(*in_two_processes(*command), strict=True)
     assert codes == (0, 0), said
     checkpoints = run / "checkpoints"
-    (checkpoints / f".{checkpoint_name(6)}.partial").touch()  # a file, where a folder has to go
+    (checkpoints / "monitored").unlink()
+    (checkpoints / "monitored").mkdir()  # a folder, where a file has to go
     command = ("train", "--resume", run, "--training.steps", "6")
     codes, said = zip(*in_two_processes(*command), strict=True)
     assert codes == (2, 2), said
@@ -67,7 +68,6 @@ def test_what_only_one_process_cannot_do_ends_both_with_one_line(tmp_path: Path)
     assert latest_checkpoint(checkpoints).name == checkpoint_name(4)
 
 
-def test_a_finished_run_is_refused_once(small_run: Path) -> None:
+def test_a_finished_run_is_a_success(small_run: Path) -> None:
     codes, said = zip(*in_two_processes("train", "--resume", small_run), strict=True)
-    assert codes == (2, 2), said
-    assert "is finished: 6 of 6 steps are done" in said[0] and said[1] == ""
+    assert codes == (0, 0), said

@@ -10,16 +10,31 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from selfalign import Draw, Objective, RunConfig, SiT, draw_views, make_generator, resolve
+from selfalign import (
+    Draw,
+    Objective,
+    ResolvedConfig,
+    build_student,
+    draw_views,
+    make_generator,
+    resolve,
+)
 from selfalign import recipe as make_recipe
 from selfalign.benchmark.measure import StepBenchmark
+from selfalign.network import Backbone
 from selfalign.training.loop import make_accelerator
 
 MIXED = {"views.whole_image_fraction": 0.25, "views.mask_ratios": (0.2, 0.3, 0.5)}
-VARIANTS = [(name, {}) for name in RECIPE_NAMES] + [("sra-dts-as", MIXED)]
+DISPERSIVE = {"objective.terms": ("dispersive",)}
+VARIANTS = [
+    *((name, {}) for name in RECIPE_NAMES),
+    ("sra-dts-as", MIXED),
+    ("sra-dts-as", DISPERSIVE),
+    *(("sra-dts-as", {"views.partition": name}) for name in ("blocks", "checkerboard", "stripes")),
+]
 
 
-def small(name: str, overrides: dict[str, Any]) -> RunConfig:
+def small(name: str, overrides: dict[str, Any]) -> ResolvedConfig:
     """A resolved tree with 16 tokens."""
     settings = {"model.size": "tiny/2", "training.batch_size": 8, "training.trackers": ()}
     return resolve(make_recipe(name, {**settings, **overrides}), 4, (8, 8), 10)
@@ -59,10 +74,10 @@ class WatchMethods(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def model_on_fake_gpu(config: RunConfig) -> SiT:
+def model_on_fake_gpu(config: ResolvedConfig) -> Backbone:
     """A model whose tensors say that they are on a GPU. Call under FakeTensorMode."""
     with unset_fake_temporarily():
-        model = SiT.from_config(config)
+        model = build_student(config)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -107,17 +122,21 @@ def test_the_objective_stays_on_its_device(name: str, overrides: dict[str, Any])
         x0 = torch.empty(shape, device="cuda")
         labels = torch.empty(8, dtype=torch.int64, device="cuda")
         losses = Objective(config)(student, teacher, x0, labels, draw)
-        assert losses.total.device.type == losses.denoising.device.type == "cuda"
+        assert losses.total.device.type == "cuda"
+        assert {term.device.type for term in losses.terms.values()} == {"cuda"}
+        assert losses.terms.keys() == config.used_terms().keys()
         velocity = student.velocity(x0, torch.empty(8, device="cuda"), labels)
         assert velocity.device.type == "cuda"
         assert velocity.shape == shape
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("name", "overrides"), [("sra-dts-as", MIXED), ("self-flow", {})])
+@pytest.mark.parametrize(
+    ("name", "overrides"), [("sra-dts-as", MIXED), ("self-flow", {}), ("sra", DISPERSIVE)]
+)
 def test_compiles_to_one_graph_once(name: str, overrides: dict[str, Any], backend: str) -> None:
     config = small(name, overrides)
-    student, teacher = SiT.from_config(config), SiT.from_config(config).requires_grad_(False)
+    student, teacher = build_student(config), build_student(config).requires_grad_(False)
     for parameter in student.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     objective = Objective(config)
@@ -139,6 +158,29 @@ def test_compiles_to_one_graph_once(name: str, overrides: dict[str, Any], backen
             for a, b in zip(gradients, own, strict=True):
                 assert torch.allclose(a, b, atol=2e-6)
         student.zero_grad()
+
+
+def test_weights_that_change_do_not_compile_again() -> None:
+    decay = {"decay": "linear", "decay_steps": 8, "stop_step": 6}
+    config = small("sra", {f"terms.alignment.{name}": value for name, value in decay.items()})
+    student, teacher = build_student(config), build_student(config).requires_grad_(False)
+    objective = Objective(config)
+
+    @torch.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    def weighted(*arguments: Any) -> Any:
+        return objective.losses(objective.predict(*arguments), arguments[-1])
+
+    torch._dynamo.reset()
+    x0, labels = torch.randn(8, 4, 8, 8), torch.randint(10, (8,))
+    for step in range(8):
+        draw = draw_views(config, x0.shape, make_generator(0, "views", step))
+        weights = objective.weights(step, x0)
+        assert weights.keys() == ({"denoising", "alignment"} if step < 6 else {"denoising"})
+        # One graph, and another from the step on that the term stops at.
+        with torch._dynamo.config.patch(error_on_recompile=step not in (0, 6)):
+            losses = weighted(student, teacher, x0, labels, draw, weights)
+        expected = objective(student, teacher, x0, labels, draw, step)
+        assert torch.allclose(losses.total, expected.total, rtol=1e-5)
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """The VAE between images and latents: any AutoencoderKL of diffusers, which is imported only here."""
 
 import hashlib
+import os
 import shutil
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +12,6 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from selfalign.data.latents.store import PARTIAL_SUFFIX
 from selfalign.disk import publish
 from selfalign.errors import UserError
 
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 
 NAMED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 """The autoencoders of Stable Diffusion, which share their encoder."""
-NAMED_SCALE = 0.18215
-"""The scale of both (METHOD: settings reported), for when their configuration is not at hand."""
+NAMED_SCALE, NAMED_CHANNELS, NAMED_FACTOR = 0.18215, 4, 8
+"""Of both: scale (METHOD: settings reported), channels, and pixels per latent's side, for when their
+configuration is not at hand."""
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DECODE_BATCH = 16
 """Images decoded at once: activations of the last layers are large."""
@@ -44,7 +46,9 @@ def load_autoencoder(name: str) -> "AutoencoderKL":
             "with the config.json and the weights of a diffusers AutoencoderKL"
         )
     try:
-        autoencoder = AutoencoderKL.from_pretrained(NAMED.get(name, name), use_safetensors=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the hub's own workings
+            autoencoder = AutoencoderKL.from_pretrained(NAMED.get(name, name), use_safetensors=True)
     except Exception as error:  # a download fails in many ways, and so does a damaged folder
         reason = str(error).strip().partition("\n")[0]
         hint = f"; without network, pass a local copy of {NAMED[name]}" if name in NAMED else ""
@@ -60,7 +64,7 @@ def store_autoencoder(autoencoder: "AutoencoderKL", folder: Path) -> None:
     """
     from safetensors import SafetensorError
 
-    partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
+    partial = folder.with_name(f".{os.getpid()}.partial.{folder.name}")
     try:
         autoencoder.save_pretrained(partial)
         publish(partial, folder)

@@ -10,17 +10,30 @@ from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
-from selfalign.config import DataConfig
-from selfalign.data.datasets import DataSource
+from selfalign.arrays import read_npy
 from selfalign.data.latents.autoencoder import Decoder
-from selfalign.data.latents.store import AUTOENCODER, INDEX, Manifest, check_sizes, read_manifest
+from selfalign.data.latents.store import (
+    AUTOENCODER,
+    INDEX,
+    Manifest,
+    check_sizes,
+    file_sha256,
+    read_manifest,
+)
+from selfalign.data.source import DataSource
 from selfalign.errors import UserError
+from selfalign.sections import DataConfig
+
+CHECKED_RECORDS = 4_096
+"""Sets of at most so many images are checked when they are opened: damage is found before work begins."""
+CHECKED_AT_ONCE = 256
 
 
 class Records:
-    """Reads records of the shards, by their position in the set.
+    """Reads records of the shards, by their position in the set, and compares each with its checksum.
 
     By `pread` and not through a memory map: pages of a map count as this process's memory, which
     would grow with the share of the set that it has seen.
@@ -32,19 +45,21 @@ class Records:
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
         self.root, self.layout = root, manifest.layout
-        self.names = [shard.file for shard in manifest.shards]
+        self.shards = manifest.shards
+        self.has_checksums = manifest.record_checksums is not None
         self.ends = np.cumsum([shard.records for shard in manifest.shards])
         self._files: dict[int, BinaryIO] = {}
+        self._checksums: dict[int, memoryview] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Each worker opens its own files.
-        return {**self.__dict__, "_files": {}}
+        return {**self.__dict__, "_files": {}, "_checksums": {}}
 
     def read(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
         """Views of records, as stored (B, channels, height, width).
 
         Raises:
-            UserError: a shard cannot be read, or has become shorter.
+            UserError: a shard cannot be read, or is damaged.
         """
         batch = torch.empty(
             (len(indices), *self.layout.shape[1:]), dtype=getattr(torch, self.layout.dtype)
@@ -53,10 +68,10 @@ class Records:
         size = self.layout.record_bytes // self.layout.shape[0]
         shards = np.searchsorted(self.ends, indices, side="right")
         firsts = np.concatenate([[0], self.ends])[shards]
-        offsets = (np.asarray(indices) - firsts) * self.layout.record_bytes + np.asarray(
-            views
-        ) * size
-        places = zip(map(self._file, shards.tolist()), offsets.tolist(), rows, strict=True)
+        # Views of a record follow each other, as records do.
+        numbers = (np.asarray(indices) - firsts) * self.layout.shape[0] + np.asarray(views)
+        offsets = (numbers * size).tolist()
+        places = zip(map(self._file, shards.tolist()), offsets, rows, strict=True)
         waiting = [place for place in places if not _read_cached(*place)]
         for file, offset, _ in waiting:
             # All reads of a batch are announced before the first waits for the disk.
@@ -71,16 +86,29 @@ class Records:
                     f"{file.name} ends early: `selfalign prepare --verify {self.root}` tells "
                     "what is damaged"
                 )
+        if self.has_checksums:
+            checksum, expected = xxhash.xxh3_64_intdigest, self._checksums
+            for shard, number, row in zip(shards.tolist(), numbers.tolist(), rows, strict=True):
+                if checksum(row) != expected[shard][number]:
+                    raise UserError(
+                        f"{self.root / self.shards[shard].file} is damaged: `selfalign prepare "
+                        f"--verify {self.root}` tells what else is"
+                    )
         return batch
 
     def _file(self, shard: int) -> BinaryIO:
         if shard not in self._files:
-            path = self.root / self.names[shard]
+            path = self.root / self.shards[shard].file
             try:
-                self._files[shard] = file = path.open("rb", buffering=0)
+                if self.has_checksums:
+                    sums = np.fromfile(self.root / self.shards[shard].checksums, "<u8")
+                    # Plain numbers come out of a memory view faster than out of an array.
+                    self._checksums[shard] = sums.astype(np.uint64).data
+                file = path.open("rb", buffering=0)
             except OSError as error:
                 raise UserError(f"{path} cannot be opened: {error.strerror}") from error
             _advise(file, 0, 0, "POSIX_FADV_RANDOM")
+            self._files[shard] = file
         return self._files[shard]
 
 
@@ -148,6 +176,8 @@ def open_latents(config: DataConfig) -> DataSource:
     root = Path(config.root)
     manifest = read_manifest(root)
     layout = manifest.layout
+    if not manifest.records:
+        raise UserError(f"{str(root)!r} holds no images")
     for file, problem in check_sizes(root, manifest).items():
         raise UserError(f"{root / file} {problem}")
     if config.flip and layout.kind == "moments" and layout.shape[0] == 1:
@@ -155,7 +185,9 @@ def open_latents(config: DataConfig) -> DataSource:
             f"data.flip is True, but {str(root)!r} was prepared without mirrored copies: allowed is "
             "False, or prepare it again with --flip"
         )
-    index = _read_index(root, sum(shard.records for shard in manifest.shards))
+    index = _read_index(root, manifest)
+    if manifest.records <= CHECKED_RECORDS:
+        _read_all(Records(root, manifest), manifest.records)
     records = Records(root, manifest)
     train, heldout = (
         StoredSplit(
@@ -168,6 +200,9 @@ def open_latents(config: DataConfig) -> DataSource:
     )
     _, channels, height, width = layout.shape
     shape = (channels if layout.kind == "pixels" else channels // 2, (height, width))
+    left_out = dict(manifest.left_out)
+    if manifest.skipped:
+        left_out["unreadable"] = left_out.get("unreadable", 0) + len(manifest.skipped)
     checksums = "".join((manifest.index_sha256, *(shard.sha256 for shard in manifest.shards)))
     source = DataSource(
         train,
@@ -175,6 +210,7 @@ def open_latents(config: DataConfig) -> DataSource:
         *shape,
         layout.class_names,
         hashlib.sha256(checksums.encode()).hexdigest()[:16],
+        left_out=left_out,
     )
     if layout.kind == "pixels":
         return source
@@ -188,13 +224,30 @@ def open_latents(config: DataConfig) -> DataSource:
     return dataclasses.replace(source, decode=decoder)
 
 
-def _read_index(root: Path, records: int) -> np.ndarray:
-    try:
-        index = np.load(root / INDEX, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{root / INDEX} cannot be read: {error}") from error
-    if index.shape != (records, 2):
+def _read_all(records: Records, count: int) -> None:
+    for first in range(0, count, CHECKED_AT_ONCE):
+        checked = range(first, min(first + CHECKED_AT_ONCE, count))
+        for view in range(records.layout.shape[0]):
+            records.read(checked, [view] * len(checked))
+
+
+def _read_index(root: Path, manifest: Manifest) -> np.ndarray:
+    path = root / INDEX
+    index = read_npy(path)
+    if index.shape != (manifest.records, 2) or index.dtype != np.int32:
         raise UserError(
-            f"{root / INDEX} is damaged: its shape is {index.shape} instead of {(records, 2)}"
+            f"{path} is damaged: it is {index.dtype} of shape {index.shape} instead of int32 of shape "
+            f"{(manifest.records, 2)}"
         )
+    if file_sha256(path) != manifest.index_sha256:
+        raise UserError(f"{path} is damaged: its checksum differs from the manifest's")
+    classes = max(1, len(manifest.layout.class_names))
+    labels, heldout = index[:, 0], index[:, 1]
+    if labels.min() < 0 or labels.max() >= classes:
+        raise UserError(
+            f"{path} has labels from {labels.min()} to {labels.max()}: allowed are 0 to {classes - 1}, "
+            "the classes of the manifest"
+        )
+    if heldout.min() < 0 or heldout.max() > 1:
+        raise UserError(f"{path} is damaged: in its second column allowed are 0 and 1")
     return index

@@ -1,6 +1,7 @@
 """From a study's folder to report.html and report.json."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,24 +12,16 @@ import jinja2
 import selfalign
 from selfalign.disk import write_whole
 from selfalign.errors import UserError
-from selfalign.study import sentences
-from selfalign.study.grid import Effect
-from selfalign.study.paper import PAPER, QUESTION
-from selfalign.study.plan import Job, Study
+from selfalign.study.grid import Effect, Row, Table
+from selfalign.study.paper import GRIDS, QUESTION
+from selfalign.study.parsing import read_json
+from selfalign.study.plan import Study
 from selfalign.study.profiles import PROFILES
-from selfalign.study.report import pictures, provenance
-from selfalign.study.report.figures import Point, Series, forest_plot, line_chart, timestep_chart
-from selfalign.study.report.tables import (
-    TableView,
-    all_variants,
-    cost_table,
-    effect_table,
-    trend_table,
-    variant_table,
-)
-from selfalign.study.results import METRICS, StudyResults, read_results
-from selfalign.study.statistics import HELDOUT_LOSS, Analysis, SeedMean, analyse
-from selfalign.study.statistics import outcome as outcome_of
+from selfalign.study.report import numbers, pictures, provenance
+from selfalign.study.report.figures import Bar, Series, forest_plot, line_chart, timestep_chart
+from selfalign.study.results import METRICS, RUNS, StudyResults, read_results
+from selfalign.study.statistics import Analysis, analyse
+from selfalign.study.verdicts import EffectEstimate
 
 REPORT_FILE = "report.html"
 NUMBERS_FILE = "report.json"
@@ -36,7 +29,7 @@ NUMBERS_FILE = "report.json"
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart and what stands below it."""
+    """A chart and what stands around it."""
 
     title: str
     svg: str
@@ -48,13 +41,18 @@ class EffectPanel:
     """All that is shown of one effect."""
 
     effect: Effect
-    title: str
-    answer: str
-    paragraphs: Sequence[str]
-    """Of the headline metrics."""
-    others: Sequence[str]
-    table: TableView
+    estimates: Sequence[EffectEstimate]
     by_timestep: Figure | None
+
+    @property
+    def title(self) -> str:
+        """Of its tab."""
+        return self.effect.title
+
+    @property
+    def headline(self) -> list[EffectEstimate]:
+        """Those that were named beforehand; where none was, of the first metric."""
+        return [e for e in self.estimates if e.headline] or list(self.estimates[:1])
 
 
 @dataclass(frozen=True)
@@ -64,16 +62,6 @@ class CurvesPanel:
     title: str
     series: Sequence[Series]
     figures: Sequence[Figure]
-
-
-@dataclass(frozen=True)
-class EfficiencyPanel:
-    """Sample efficiency on one metric."""
-
-    figure: Figure
-    table: TableView | None
-    """Of the effects by train fraction, if the grid has effects."""
-    sentences: Sequence[str]
 
 
 def write_report(folder: Path) -> Path:
@@ -86,14 +74,23 @@ def write_report(folder: Path) -> Path:
         The path of report.html.
 
     Raises:
-        UserError: there is no study, or the files cannot be written.
+        UserError: there is no study, it holds the numbers of runs that are not here, or the files cannot
+            be written.
     """
     results = read_results(folder)
+    numbers_file = folder / NUMBERS_FILE
+    if not results.done and not (folder / RUNS).exists() and numbers_file.exists():
+        done = read_json(numbers_file).get("runs", {}).get("done", [])
+        raise UserError(
+            f"{folder} holds the numbers of {len(done)} runs and none of the runs: a report made here "
+            "would be empty; make it where the runs are"
+        )
     analysis = analyse(results)
-    page = _render(folder, results, analysis)
-    numbers = json.dumps(_numbers(results, analysis), indent=1) + "\n"
-    write_whole(folder / NUMBERS_FILE, lambda path: path.write_text(numbers))
-    write_whole(folder / REPORT_FILE, lambda path: path.write_text(page))
+    page = _render(folder, results, analysis).encode(errors="backslashreplace")
+    content = _numbers(results, analysis)
+    text = json.dumps(content, indent=1, default=lambda value: value.as_json()) + "\n"
+    write_whole(numbers_file, lambda path: path.write_text(text))
+    write_whole(folder / REPORT_FILE, lambda path: path.write_bytes(page))
     return folder / REPORT_FILE
 
 
@@ -110,7 +107,10 @@ def _numbers(results: StudyResults, analysis: Analysis) -> dict[str, Any]:
         },
         "versions": provenance.versions(results.done),
         "train_fraction": study.full_fraction,
-        "answers": {panel.effect.title: panel.answer for panel in _effects(analysis, study)},
+        "answers": {
+            panel.title: {e.metric: e.verdict or e.finding for e in panel.headline}
+            for panel in _effects(analysis, study)
+        },
         **analysis.as_json(),
     }
 
@@ -123,10 +123,15 @@ def _render(folder: Path, results: StudyResults, analysis: Analysis) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    for name in ("number", "signed", "span", "share", "plus_minus", "p_value"):
+        environment.filters[name] = getattr(numbers, name)
     study, grid = results.study, results.study.grid
     jobs = provenance.representatives(study)
-    styles = _styles(study)
-    names = pictures.class_names(jobs)
+    styles = {
+        name: style for style, name in enumerate(dict.fromkeys([grid.baseline, *grid.variants]))
+    }
+    full = [run for run in results.done if run.train_fraction == study.full_fraction]
+    every = Table(f"All variants of {grid.name}", tuple(map(Row, grid.variants)))
     return environment.get_template("report.html.j2").render(
         results=results,
         study=study,
@@ -135,24 +140,18 @@ def _render(folder: Path, results: StudyResults, analysis: Analysis) -> str:
         metrics=METRICS,
         profile=PROFILES.get(study.profile),
         total=len(study.jobs()),
-        title=_title(study),
-        summary=sentences.summary_sentence(analysis),
+        title=QUESTION if grid.name in GRIDS else f"What sets the variants of {grid.name} apart?",
+        verdicts=Counter(e.verdict for e in analysis.effects if e.verdict),
         facts=_facts(results),
         forests=_forests(analysis),
         effects=_effects(analysis, study),
-        cautions=sentences.caution_sentences(analysis, _most_seeds(analysis)),
-        tables=[(table.note, variant_table(table, analysis)) for table in grid.tables]
-        or [("", all_variants(grid, analysis))],
+        tables=grid.tables or (every,),
         beside_paper=any(row.paper for table in grid.tables for row in table.rows),
         curves=_curves(analysis, study, styles),
-        costs=_costs(analysis, grid.baseline),
+        not_constant="training.schedule" in study.settings
+        and study.settings["training.schedule"] != "constant",
         efficiency=_efficiency(analysis, study, styles),
-        strips=pictures.sample_strips(
-            folder,
-            [run for run in results.done if run.train_fraction == study.full_fraction],
-            study.seeds[0],
-            names,
-        ),
+        strips=pictures.sample_strips(folder, full, study.seeds[0], pictures.class_names(jobs)),
         **_diagrams(jobs),
         settings=provenance.settings(jobs, results.done),
         versions=provenance.versions(results.done),
@@ -160,24 +159,6 @@ def _render(folder: Path, results: StudyResults, analysis: Analysis) -> str:
         train_commands={job.variant: provenance.train_command(study, job) for job in jobs},
         selfalign_version=selfalign.__version__,
     )
-
-
-def _title(study: Study) -> str:
-    """The question that the study answers."""
-    name = study.grid.name
-    return QUESTION if name == PAPER.name else f"What sets the variants of {name} apart?"
-
-
-def _most_seeds(analysis: Analysis) -> int:
-    """Seeds behind the best-founded number."""
-    means = [mean for of_variant in analysis.means.values() for mean in of_variant.values()]
-    return max((len(mean.values) for mean in means), default=0)
-
-
-def _styles(study: Study) -> dict[str, int]:
-    """A style per variant, for all charts; the baseline's is the first."""
-    others = [name for name in study.grid.variants if name != study.grid.baseline]
-    return {name: style for style, name in enumerate([study.grid.baseline, *others])}
 
 
 def _facts(results: StudyResults) -> list[tuple[str, str]]:
@@ -205,22 +186,26 @@ def _facts(results: StudyResults) -> list[tuple[str, str]]:
     ]
 
 
+_KINDS = {"helps": "helps", "hurts": "hurts", "equal": "equal"}
+"""Findings that have a colour."""
+
+
+def _bar(estimate: EffectEstimate, label: str) -> Bar:
+    assert estimate.difference is not None
+    note = f"{numbers.signed(estimate.difference.mean, 2)}, {estimate.verdict or estimate.finding}"
+    kind = _KINDS.get(estimate.finding, "unsure")
+    return Bar(label, estimate.difference, kind, note, estimate.margin)
+
+
 def _forests(analysis: Analysis) -> list[Figure]:
     forests = []
     for metric in analysis.headline:
-        points = [
-            Point(e.effect.title, e.estimate.difference, e.outcome)
-            for e in analysis.effects
-            if e.metric == metric and e.estimate
-        ]
-        if points:
-            title = METRICS[metric].title
-            told = "; ".join(
-                f"{p.label} {sentences.mean_with_interval(p.difference)}" for p in points
-            )
-            svg = forest_plot(
-                points, METRICS[metric].better, f"Effects on the {title}, with intervals: {told}"
-            )
+        found = [e for e in analysis.effects if e.metric == metric and e.difference]
+        if found:
+            title, bars = METRICS[metric].title, [_bar(e, e.effect.title) for e in found]
+            told = "; ".join(f"{bar.label} {numbers.plus_minus(bar.difference)}" for bar in bars)
+            description = f"Effects on the {title}, with intervals: {told}"
+            svg = forest_plot(bars, METRICS[metric].better, description)
             forests.append(Figure(f"Effects on the {title}", svg, METRICS[metric].explanation))
     return forests
 
@@ -228,96 +213,56 @@ def _forests(analysis: Analysis) -> list[Figure]:
 def _effects(analysis: Analysis, study: Study) -> list[EffectPanel]:
     panels = []
     for effect in study.grid.effects:
+        bins = analysis.by_timestep.get(effect.title, ())
+        title = f"{effect.title}: difference of the held-out loss over t"
+        bars = [_bar(estimate, str(k)) for k, estimate in enumerate(bins)]
+        caption = (
+            "With minus without, in ten bins of the timestep; below zero is better. Exploratory."
+        )
+        figure = Figure(title, timestep_chart(bars, title), caption) if bars else None
         estimates = [e for e in analysis.effects if e.effect == effect]
-        headline = [e for e in estimates if e.metric in analysis.headline]
-        others = [e for e in estimates if e.metric not in analysis.headline]
-        panels.append(
-            EffectPanel(
-                effect,
-                effect.title,
-                sentences.answer_sentence(headline) if headline else "Nothing is measured yet.",
-                [sentences.effect_paragraph(e) for e in headline],
-                [f"{METRICS[e.metric].title}: {sentences.effect_paragraph(e)}" for e in others],
-                effect_table(effect.title, estimates),
-                _by_timestep(effect, analysis),
-            )
-        )
+        panels.append(EffectPanel(effect, estimates, figure))
     return panels
-
-
-def _by_timestep(effect: Effect, analysis: Analysis) -> Figure | None:
-    bins: Sequence[SeedMean] = analysis.by_timestep.get(effect.title, ())
-    if not bins:
-        return None
-    points = [
-        Point(
-            f"{k / len(bins):g} to {(k + 1) / len(bins):g}",
-            difference,
-            outcome_of(HELDOUT_LOSS, difference),
-        )
-        for k, difference in enumerate(bins)
-    ]
-    title = f"{effect.title}: difference of the held-out loss over t"
-    caption = "With minus without, in ten bins of the timestep; below zero is better."
-    return Figure(title, timestep_chart(points, title), caption)
 
 
 def _curves(analysis: Analysis, study: Study, styles: Mapping[str, int]) -> list[CurvesPanel]:
     grid = study.grid
-    groups = {table.title: [row.variant for row in table.rows] for table in grid.tables} or {
-        "All variants": list(grid.variants)
+    groups = {table.title: {row.variant for row in table.rows} for table in grid.tables} or {
+        "All variants": set(grid.variants)
     }
     panels = []
     for title, members in groups.items():
         variants = [name for name in grid.variants if name in members or name == grid.baseline]
-        figures = []
+        figures: list[Figure] = []
         shown: dict[str, Series] = {}
         for metric, curves in analysis.curves.items():
-            series = [
+            lines = [
                 Series(name, styles[name], curves[name]) for name in variants if name in curves
             ]
-            if series:
-                shown |= {line.name: line for line in series}
+            if lines:
+                shown |= {line.name: line for line in lines}
                 label = METRICS[metric].title
-                figures.append(Figure(label, line_chart(series, "step", label)))
+                figures.append(Figure(label, line_chart(lines, "step", label)))
         if figures:
             panels.append(CurvesPanel(title, list(shown.values()), figures))
     return panels
 
 
-def _costs(analysis: Analysis, baseline: str) -> list[tuple[TableView, list[str]]]:
+def _efficiency(
+    analysis: Analysis, study: Study, styles: Mapping[str, int]
+) -> list[tuple[str, Figure, list[Series]]]:
+    """By metric, the curves over shares of the training images."""
     found = []
-    for metric in analysis.curves:
-        costs = [cost for cost in analysis.costs if cost.metric == metric]
-        if costs:
-            told = [sentences.cost_sentence(c, baseline) for c in costs if c.variant != baseline]
-            found.append((cost_table(costs, metric, baseline), told))
+    for metric, variants in analysis.efficiency.items():
+        lines = [Series(name, styles[name], list(p.items())) for name, p in variants.items() if p]
+        if lines:
+            title, shares = METRICS[metric].title, sorted(study.train_fractions)
+            svg = line_chart(lines, "share of the training images", title, shares)
+            found.append((metric, Figure(title, svg), lines))
     return found
 
 
-def _efficiency(
-    analysis: Analysis, study: Study, styles: Mapping[str, int]
-) -> list[tuple[EfficiencyPanel, list[Series]]]:
-    panels = []
-    fractions = sorted(study.train_fractions)
-    for metric, variants in analysis.efficiency.items():
-        series = [
-            Series(name, styles[name], list(points.items()))
-            for name, points in variants.items()
-            if points
-        ]
-        if not series:
-            continue
-        title = METRICS[metric].title
-        svg = line_chart(series, "share of the training images", title, fractions)
-        trends = [trend for trend in analysis.trends if trend.metric == metric]
-        told = [f"{t.effect.title}, {sentences.trend_sentence(t)}" for t in trends]
-        table = trend_table(trends, metric, fractions) if trends else None
-        panels.append((EfficiencyPanel(Figure(title, svg), table, told), series))
-    return panels
-
-
-def _diagrams(jobs: Sequence[Job]) -> dict[str, Any]:
+def _diagrams(jobs: Sequence[Any]) -> dict[str, Any]:
     """The diagrams, or why there are none."""
     try:
         return {"diagrams": pictures.view_diagrams(jobs), "no_diagrams": ""}

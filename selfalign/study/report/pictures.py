@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from selfalign.config import resolve
-from selfalign.data import open_data
+from selfalign.data.datasets import open_data
 from selfalign.errors import UserError
 from selfalign.inspect.views import draw_diagram, see_views
 from selfalign.sampling.pictures import MAX_COLUMNS, column_labels, data_uri, tile

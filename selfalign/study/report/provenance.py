@@ -7,6 +7,7 @@ from typing import Any
 
 from selfalign.config import RunConfig, config_to_dict, override
 from selfalign.recipes import recipe
+from selfalign.study.paper import GRIDS
 from selfalign.study.plan import Job, Study
 from selfalign.study.profiles import PROFILES
 from selfalign.study.results import RunResult
@@ -118,7 +119,7 @@ def study_command(study: Study) -> str:
     usual = _flat(asdict(profile.measurement), "measurement.")
     measured = _flat(asdict(study.measurement), "measurement.")
     changed |= {name: value for name, value in measured.items() if value != usual[name]}
-    grid = "paper" if study.grid.name == "paper" else f"{study.grid.name}.yaml"
+    grid = study.grid.name if study.grid.name in GRIDS else f"{study.grid.name}.yaml"
     fixed = ["--out", "OUT", "--profile", study.profile, "--seeds", str(len(study.seeds))]
     return shlex.join(["selfalign", "study", grid, *fixed, *_options(changed)])
 

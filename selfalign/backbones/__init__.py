@@ -1,0 +1,55 @@
+"""Backbones: the transformers that predict velocities, and how a config builds them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from selfalign.parts import Part
+from selfalign.settings import require
+
+if TYPE_CHECKING:
+    from selfalign.config import ResolvedConfig
+    from selfalign.network import Backbone, Tap
+    from selfalign.sections import ModelConfig
+
+
+@dataclass(frozen=True)
+class BackboneConfig(Part):
+    """Builds a backbone. Size, patch and the data's shape come from the section `model`."""
+
+    kind: ClassVar[str] = "backbone"
+
+    @abstractmethod
+    def depth(self, model: ModelConfig) -> int:
+        """Number of blocks."""
+
+    @abstractmethod
+    def build(self, config: ResolvedConfig) -> Backbone:
+        """The module, with weights that `initialize_weights` is called for afterwards."""
+
+
+def find_tap(block: int | float | str, depth: int, setting: str) -> Tap:
+    """Where in a backbone features are taken.
+
+    Args:
+        block: the number of a block, from 1; a share of the depth (0.3: the block nearest to it); or the
+            name of a module, as in `blocks.3.attn`.
+        depth: number of blocks.
+        setting: names the setting in errors.
+
+    Raises:
+        UserError: there is no such block.
+    """
+    if isinstance(block, str):
+        return block
+    if isinstance(block, float) and 0 < block <= 1:
+        return max(1, round(block * depth))
+    require(
+        block == int(block) and 1 <= block <= depth,
+        setting,
+        block,
+        f"allowed are a block from 1 to {depth}, a share of the depth up to 1, or a module's name",
+    )
+    return int(block)

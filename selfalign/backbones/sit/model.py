@@ -1,0 +1,206 @@
+"""The transformer: SiT with a condition per token group (arXiv:2401.08740, and Eq. 5 to 9)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from selfalign import ops
+from selfalign.conditions import Condition
+from selfalign.conditions.label import Label
+from selfalign.embedders import TimestepEmbedder, position_embedding
+from selfalign.network import Backbone, Hidden, Tap
+from selfalign.ops.modules import Linear
+from selfalign.tokens import TokenGrid, TokenGroups
+
+
+class PatchEmbedder(nn.Module):
+    """Embeds patches that `patchify` cut. The weight is a convolution's, as released models have it."""
+
+    def __init__(self, grid: TokenGrid, channels: int, hidden_size: int) -> None:
+        super().__init__()
+        convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(grid.sides) - 1]
+        self.proj = convolution(channels, hidden_size, grid.patch_size, stride=grid.patch_size)
+
+    def forward(self, tokens: Float[Tensor, "B N P"]) -> Float[Tensor, "B N D"]:
+        """(row, column, channel) patches to features."""
+        weight = self.proj.weight.movedim(1, -1).flatten(1)
+        bias = self.proj.bias
+        assert bias is not None
+        return ops.linear(tokens, weight, bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, within the whole sequence or within each group (Eq. 8 and 9).
+
+    Separation between groups is a dense attention per slice: exactly softmax(QKᵀ + mask)V with a
+    block-diagonal mask, at a cost of Σ nₖ² instead of N² and without the mask.
+    """
+
+    def __init__(self, hidden_size: int, heads: int, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = Linear(hidden_size, 3 * hidden_size)
+        head_size = hidden_size // heads
+        self.q_norm = nn.LayerNorm(head_size) if qk_norm else None
+        self.k_norm = nn.LayerNorm(head_size) if qk_norm else None
+        self.proj = Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Float[Tensor, "B N D"], groups: TokenGroups) -> Float[Tensor, "B N D"]:
+        """Attend among all tokens, or within each group where `groups` separates them."""
+        qkv = self._normalised(self.qkv(x))
+        return self.proj(ops.attention(qkv, self.heads, groups.attention_parts(len(x))))
+
+    def _normalised(self, qkv: Float[Tensor, "B N 3D"]) -> Float[Tensor, "B N 3D"]:
+        """Queries and keys normalised per head, where the model does so."""
+        if self.q_norm is None or self.k_norm is None:
+            return qkv
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).unbind(2)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast norms in float32
+        return torch.stack([q, k, v], dim=2).flatten(2)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a tanh-approximated GELU between them."""
+
+    def __init__(self, hidden_size: int, ratio: float = 4.0) -> None:
+        super().__init__()
+        self.fc1 = Linear(hidden_size, int(hidden_size * ratio))
+        self.fc2 = Linear(int(hidden_size * ratio), hidden_size)
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """Per token."""
+        return self.fc2(ops.gelu(self.fc1(x)))
+
+
+class SiTBlock(nn.Module):
+    """A transformer block with adaLN-Zero conditioning (DiT, Fig. 3), one condition per group."""
+
+    def __init__(self, hidden_size: int, heads: int, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.attn = Attention(hidden_size, heads, qk_norm)
+        self.mlp = Mlp(hidden_size)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 6 * hidden_size))
+
+    def forward(
+        self, x: Float[Tensor, "B N D"], condition: Float[Tensor, "B K D"], groups: TokenGroups
+    ) -> Float[Tensor, "B N D"]:
+        """x + gate·attn(norm(x)), then x + gate·mlp(norm(x)), each norm scaled and shifted."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, -1)
+        sizes = groups.sizes
+        attended = self.attn(ops.modulated_norm(x, shift1, scale1, sizes), groups)
+        x = ops.gated_residual(x, gate1, attended, sizes)
+        fed_forward = self.mlp(ops.modulated_norm(x, shift2, scale2, sizes))
+        return ops.gated_residual(x, gate2, fed_forward, sizes)
+
+
+class FinalLayer(nn.Module):
+    """Features to patches."""
+
+    def __init__(self, hidden_size: int, patch_values: int) -> None:
+        super().__init__()
+        self.linear = Linear(hidden_size, patch_values)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 2 * hidden_size))
+
+    def forward(
+        self, x: Float[Tensor, "B N D"], condition: Float[Tensor, "B K D"], groups: TokenGroups
+    ) -> Float[Tensor, "B N P"]:
+        """A linear layer on the scaled and shifted norm."""
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
+        return self.linear(ops.modulated_norm(x, shift, scale, groups.sizes))
+
+
+class SiT(Backbone):
+    """Predicts the velocity of noised tokens, and offers the features of its blocks.
+
+    Parameter names are DiT's and SiT's, so that released weights load by name.
+
+    Args:
+        channels, image_size: C and (H, W) of the input; the patch size divides both sides. One side makes
+            it a model of signals, three one of videos.
+        patch_size: side of a patch.
+        hidden_size, depth, heads: width D, number of blocks, attention heads.
+        num_classes: number of classes; 0 makes an unconditional model.
+        condition: what a sample is conditioned on.
+        qk_norm: normalise queries and keys per head.
+        gradient_checkpointing: recompute blocks in the backward pass.
+        out_channels: channels per patch position of the output; released models with learned sigma
+            have 2·C, of which the first C are the velocity.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        image_size: tuple[int, ...],
+        patch_size: int,
+        hidden_size: int,
+        depth: int,
+        heads: int,
+        num_classes: int,
+        condition: Condition | None = None,
+        qk_norm: bool = False,
+        gradient_checkpointing: bool = False,
+        out_channels: int | None = None,
+    ) -> None:
+        condition = Label() if condition is None else condition
+        super().__init__(TokenGrid(image_size, patch_size), channels, condition, num_classes)
+        self.hidden_size = hidden_size
+        self.gradient_checkpointing = gradient_checkpointing
+        self.x_embedder = PatchEmbedder(self.grid, channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = condition.embedder(num_classes, hidden_size)
+        self.register_buffer("pos_embed", position_embedding(hidden_size, self.grid))
+        self.blocks = nn.ModuleList(SiTBlock(hidden_size, heads, qk_norm) for _ in range(depth))
+        patch_values = self.grid.patch_positions * (out_channels or channels)
+        self.final_layer = FinalLayer(hidden_size, patch_values)
+        self.initialize_weights()
+
+    def initialize_weights(self, generator: torch.Generator | None = None) -> None:
+        """SiT's initialisation: every block starts as the identity, the output as zero.
+
+        Heads draw after all other linear layers, and before the embedders' normal numbers, as version
+        0.1.0 did: another order would change every run that has been recorded.
+
+        Args:
+            generator: where the numbers come from; torch's global one if left out.
+        """
+        heads = {part for name in self.head_taps for part in self.get_submodule(name).modules()}
+        for module in sorted(self.modules(), key=lambda module: module in heads):
+            if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
+        for name, parameter in self.named_parameters():
+            if name.endswith(".bias") or ".adaLN_modulation." in name or "final_layer." in name:
+                nn.init.zeros_(parameter)
+            elif name.startswith(("t_embedder.", "y_embedder.")):
+                nn.init.normal_(parameter, std=0.02, generator=generator)
+
+    def transform(
+        self,
+        tokens: Float[Tensor, "B N P"],
+        timesteps: Float[Tensor, "B K"],
+        condition: Any,
+        groups: TokenGroups,
+        taps: Sequence[int] = (),
+        last: int | None = None,
+    ) -> Hidden:
+        """See `Backbone.transform`."""
+        x = self.x_embedder(tokens) + groups.sort(self.pos_embed)
+        embedded = self.t_embedder(timesteps)
+        if self.y_embedder is not None:
+            embedded = embedded + self.y_embedder(condition)[:, None]
+        features: dict[Tap, Tensor] = {}
+        for number, block in enumerate(self.blocks[:last], 1):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, embedded, groups, use_reentrant=False)
+            else:
+                x = block(x, embedded, groups)
+            if number in taps:
+                features[number] = x
+        velocity = self.final_layer(x, embedded, groups) if last is None else None
+        return Hidden(velocity, features, embedded)

@@ -1,0 +1,79 @@
+"""Ctrl-C and SIGTERM, and what is done with text that a terminal cannot show."""
+
+import contextlib
+import ctypes
+import io
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from types import FrameType
+
+from selfalign.errors import Interrupted
+
+GO_ON = {
+    "train": "if it has made a step, go on with `selfalign train --resume DIR`",
+    "sample": "nothing was written; the same command makes the same samples",
+    "evaluate": "finished samples are kept; the same command goes on",
+    "prepare": "finished files are kept; the same command goes on",
+    "study": "its runs stop at checkpoints; the same command goes on",
+}
+"""What a command that was interrupted leaves, and how to go on."""
+_PR_SET_PDEATHSIG = 1
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Within this block SIGTERM ends what is done as Ctrl-C does, so that everything is tidied up.
+
+    Raises:
+        Interrupted: on either signal, at any place of the block.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may change how signals are handled
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    previous = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if "LOCAL_RANK" in os.environ:
+        _end_with_launcher()
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _end_with_launcher() -> None:
+    """Have Linux send SIGTERM when the launcher dies, which would leave its processes behind."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() == 1:
+            raise Interrupted(signal.SIGTERM)  # it has died already
+
+
+def show_any_text() -> None:
+    """Escape what the terminal's encoding lacks, and put each warning of ours on one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    theirs = warnings.formatwarning
+
+    def one_line(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        if category is not UserWarning or "selfalign" not in filename:
+            return theirs(message, category, filename, lineno, line)
+        return f"selfalign: warning: {' '.join(str(message).split())}\n"
+
+    warnings.formatwarning = one_line

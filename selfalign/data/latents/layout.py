@@ -1,0 +1,115 @@
+"""What a set will hold: from the source, the settings and the autoencoder."""
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from selfalign.data.latents import autoencoder as vae
+from selfalign.data.latents.moments import read_moments
+from selfalign.data.latents.settings import PrepareConfig
+from selfalign.data.latents.sources import Source
+from selfalign.data.latents.store import Layout
+from selfalign.errors import UserError
+from selfalign.names import printable
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+SHARD_BYTES = 2**30
+"""Largest shard."""
+SHARDS = 64
+"""Into how many shards a set is cut unless they get too large or too small. A kill costs the shards
+that were being written, and processes share the work by shards."""
+SMALLEST_SHARD = 512
+"""Images of the smallest shards that sets are cut into."""
+_BY_CONTENT = frozenset(["source", "autoencoder"])
+"""Paths may be spelt differently: fingerprint and hash say what they lead to."""
+
+
+def make_layout(
+    name: str, source: Source, config: PrepareConfig, autoencoder: "AutoencoderKL | None"
+) -> Layout:
+    """The layout of a set.
+
+    Args:
+        name: of the source, as it was given.
+        source: the images.
+        config: the settings.
+        autoencoder: the VAE; None for pixels, and for moments where it is not at hand.
+
+    Raises:
+        UserError: they do not fit together.
+    """
+    size = config.image_size
+    scale, shift, sha256 = 1.0, 0.0, ""
+    shape = (3, size, size)
+    if config.vae != "none":
+        shape = _moments_shape(config, autoencoder)
+        scale = vae.NAMED_SCALE
+        if autoencoder is not None:
+            scale, shift = vae.scale_and_shift(autoencoder)
+            sha256 = vae.weights_sha256(autoencoder.state_dict().items())
+    if source.moments:
+        if config.vae == "none":
+            raise UserError(
+                f"source {name!r} holds latents, and vae is none: allowed is the VAE that "
+                "encoded them (ema, mse or a folder)"
+            )
+        if config.flip:
+            raise UserError("flip is True, but the source holds latents: allowed is False")
+        read_moments(source, 0, shape)
+    dtype = "uint8" if config.vae == "none" else config.dtype
+    record_bytes = (1 + config.flip) * math.prod(shape) * np.dtype(dtype).itemsize
+    images = len(source.names)
+    return Layout(
+        kind="pixels" if config.vae == "none" else "moments",
+        dtype=dtype,
+        shape=(1 + config.flip, *shape),
+        image_size=size,
+        scale=scale,
+        shift=shift,
+        autoencoder="" if config.vae == "none" else printable(config.vae),
+        autoencoder_sha256=sha256,
+        class_names=source.class_names,
+        source=printable(name),
+        fingerprint=source.fingerprint,
+        images=images,
+        shard_images=max(
+            1, min(SHARD_BYTES // record_bytes, max(SMALLEST_SHARD, -(-images // SHARDS)))
+        ),
+        background=config.background,
+    )
+
+
+def require_same(begun: Layout, wanted: Layout, where: object) -> None:
+    """Refuse to go on with a set that was made in another way.
+
+    Raises:
+        UserError: it was; the message names what differs.
+    """
+    for name in Layout.__struct_fields__:
+        before, now = getattr(begun, name), getattr(wanted, name)
+        by_content = name in _BY_CONTENT and (name == "source" or wanted.autoencoder_sha256)
+        unknown = name == "background" and before is None
+        if before != now and not by_content and not unknown:
+            raise UserError(
+                f"{where} was made with another {name} ({before!r}, now {now!r}): continue "
+                "with the same settings and source, or choose another folder"
+            )
+
+
+def _moments_shape(
+    config: PrepareConfig, autoencoder: "AutoencoderKL | None"
+) -> tuple[int, int, int]:
+    channels, factor, colours = vae.NAMED_CHANNELS, vae.NAMED_FACTOR, 3
+    if autoencoder is not None:
+        channels, colours = autoencoder.config.latent_channels, autoencoder.config.in_channels
+        factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    if config.image_size % factor or colours != 3:
+        raise UserError(
+            f"image_size is {config.image_size} and vae {config.vae!r} takes {colours} channels: "
+            f"allowed are multiples of {factor}, and VAEs of RGB images"
+        )
+    side = config.image_size // factor
+    return 2 * channels, side, side

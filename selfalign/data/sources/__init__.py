@@ -1,0 +1,36 @@
+"""Data sources: data sets by name, each with fixed, disjoint training and held-out splits."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from selfalign.parts import Part
+
+if TYPE_CHECKING:
+    from selfalign.data.contents import Recorded
+    from selfalign.data.source import DataSource
+    from selfalign.sections import DataConfig
+
+
+@dataclass(frozen=True)
+class Source(Part):
+    """Opens a data set. Folder, image size and augmentation come from the section `data`."""
+
+    kind: ClassVar[str] = "source"
+
+    small: ClassVar[bool] = False
+    """Whether images are so small that Inception makes no sense and a classifier of their own is used."""
+
+    @abstractmethod
+    def open(self, config: DataConfig) -> DataSource:
+        """The data set.
+
+        Raises:
+            UserError: files are missing or unreadable; the message names them.
+        """
+
+    def reopen(self, config: DataConfig, recorded: Recorded) -> DataSource:
+        """The data set for a run that goes on; images that a run recorded keep their places."""
+        return self.open(config)

@@ -1,0 +1,53 @@
+"""Where an evaluation writes: refused before any work, and written whole."""
+
+import json
+import os
+from pathlib import Path
+
+from selfalign.disk import write_whole
+from selfalign.errors import UserError
+from selfalign.evaluation.generation import PlannedSamples
+from selfalign.evaluation.places import require_writable
+from selfalign.evaluation.report import Evaluation
+from selfalign.evaluation.setup import Setup
+
+
+def report_folder(setup: Setup) -> Path:
+    """Where the report goes, refused where it cannot or must not go.
+
+    Raises:
+        UserError: a folder that cannot be made or written into, or the place of what is read.
+    """
+    config, whole = setup.config, setup.subject.resolve()
+    samples = setup.samples.folder if isinstance(setup.samples, PlannedSamples) else None
+    folder = config.out or samples or whole.with_name(f"{whole.stem or 'samples'}-evaluation")
+    require_writable(folder)
+    for name in ("evaluation.json", "evaluation.png"):
+        if (folder / name).is_dir():
+            raise UserError(f"{folder / name} is a folder: --out names another place")
+    read = [whole] if samples is None else []
+    if config.reference is not None and os.path.exists(config.reference):  # noqa: PTH110
+        read.append(Path(config.reference).resolve())
+    for place in read:
+        if place.is_dir() and folder.resolve().is_relative_to(place):
+            raise UserError(
+                f"--out is {str(folder)!r}, within the images of {place}: the picture would be one of "
+                "them next time"
+            )
+        if config.write_reference is not None and config.write_reference.resolve() == place:
+            raise UserError(f"--write-reference is {str(place)!r}, which is read from")
+    if config.write_reference is not None:
+        require_writable(config.write_reference.parent)
+        if config.write_reference.is_dir():
+            raise UserError(f"--write-reference is {str(config.write_reference)!r}, a folder")
+    return folder
+
+
+def write_evaluation(evaluation: Evaluation) -> None:
+    """Write evaluation.json, whole or not at all.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    text = json.dumps(evaluation.as_json(), indent=2, allow_nan=False) + "\n"
+    write_whole(evaluation.folder / "evaluation.json", lambda path: path.write_text(text))

@@ -1,0 +1,167 @@
+"""What an evaluation stands on: the run, the data set, the feature network, the processes."""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor
+
+from selfalign import parts
+from selfalign.data.datasets import open_data
+from selfalign.data.latents.autoencoder import Decoder
+from selfalign.data.source import DataSource
+from selfalign.errors import UserError
+from selfalign.evaluation.config import EvaluationConfig, Progress
+from selfalign.evaluation.features import FeatureNetwork, extract, feature_network
+from selfalign.evaluation.generation import PlannedSamples, plan_samples
+from selfalign.evaluation.inputs import ImageSet, open_images, open_split
+from selfalign.evaluation.reference import ReferenceSource, open_reference
+from selfalign.processes import main_process_first, together
+from selfalign.runs.load import LoadedRun, load_run
+from selfalign.sampling.settings import SamplingConfig
+from selfalign.sections import DataConfig
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that is opened before anything is computed."""
+
+    subject: Path
+    config: EvaluationConfig
+    run: LoadedRun | None
+    """The subject, where it is a run."""
+    data: DataConfig | None
+    source: DataSource | None
+    """The opened data set: a classifier is trained on it, a run's denoising loss measured."""
+    reference: ReferenceSource
+    samples: ImageSet | PlannedSamples
+    """The set of samples, or what a run is to be sampled to."""
+    network: FeatureNetwork
+    accelerator: Accelerator
+    progress: Progress
+
+    def parts(self, images: ImageSet) -> Iterator[dict[str, Float[Tensor, "M F"]]]:
+        """A set's features, a part at a time."""
+        return extract(
+            self.network, images, self.accelerator, self.config.batch_size, self.progress
+        )
+
+    def features(self, images: ImageSet, kinds: frozenset[str]) -> dict[str, Float[Tensor, "M F"]]:
+        """A set's features of some kinds, all at once."""
+        if not kinds:
+            return {}
+        found = list(self.parts(images))
+        return {kind: torch.cat([part[kind] for part in found]) for kind in sorted(kinds)}
+
+
+def open_setup(
+    subject: Path,
+    config: EvaluationConfig,
+    sampling: SamplingConfig,
+    accelerator: Accelerator,
+    progress: Progress,
+    run: LoadedRun | None,
+) -> Setup:
+    """Open everything, what is quickly opened first. Arguments as for `evaluate`.
+
+    Raises:
+        UserError: something is missing, damaged, or not named though it is needed.
+    """
+    if run is None and os.path.isfile(subject / "config.json"):  # noqa: PTH113 – any name will do
+        moved = config.data.root if config.data.name is None else None
+        run = load_run(
+            subject, config.weights, accelerator.device, step=config.step, data_root=moved
+        )
+    elif not os.path.exists(subject):  # noqa: PTH110
+        raise UserError(
+            f"{subject} does not exist: allowed are a run, a .npz or a folder of images"
+        )
+    data = _data_config(config, run)
+    source = None if data is None else _open_data(data, accelerator)
+    reference = _open_reference(config, data, source, accelerator)
+    with together(accelerator):
+        samples = _open_samples(subject, config, sampling, run)
+    network = _open_network(config, data, source, accelerator)
+    return Setup(
+        subject, config, run, data, source, reference, samples, network, accelerator, progress
+    )
+
+
+def default_features(data: DataConfig | None) -> str:
+    """The feature network where none is named."""
+    return "classifier" if data is not None and data.source.small else "inception"
+
+
+def _data_config(config: EvaluationConfig, run: LoadedRun | None) -> DataConfig | None:
+    """The data set in play: given, or the run's, or the reference's."""
+    given = {k: v for k, v in dataclasses.asdict(config.data).items() if v is not None}
+    if run is not None:  # all of its data set, whatever share of it the run was trained on
+        return dataclasses.replace(run.config.data, **{"train_fraction": 1.0, **given})
+    if "name" not in given and config.reference in parts.names("source"):
+        given["name"] = config.reference
+    return DataConfig(**given) if "name" in given else None
+
+
+def _open_data(data: DataConfig, accelerator: Accelerator) -> DataSource:
+    return main_process_first(accelerator, lambda: open_data(data))
+
+
+def _open_reference(
+    config: EvaluationConfig,
+    data: DataConfig | None,
+    source: DataSource | None,
+    accelerator: Accelerator,
+) -> ReferenceSource:
+    """The reference: a data set with its held-out images, a file, or a folder."""
+    target = config.reference or (data.name if data else None)
+    if target is None:
+        raise UserError(
+            f"--reference is left out: needed is one of {', '.join(parts.names('source'))}, a .npz or "
+            "a folder"
+        )
+    if target not in parts.names("source"):
+        return open_reference(Path(target))
+    if source is None or data is None or data.name != target:
+        wanted = dataclasses.replace(data or DataConfig(), name=target)
+        source = _open_data(wanted, accelerator)
+    _require_images(target, source, "a reference is of")
+    train = open_split(target, source, "training")
+    return ReferenceSource(
+        train.name, train.fingerprint, train, heldout=open_split(target, source, "held-out")
+    )
+
+
+def _open_samples(
+    subject: Path, config: EvaluationConfig, sampling: SamplingConfig, run: LoadedRun | None
+) -> ImageSet | PlannedSamples:
+    if run is not None:
+        return plan_samples(run, config, sampling)
+    images = open_images(subject)
+    return images.first(config.num or len(images))
+
+
+def _open_network(
+    config: EvaluationConfig,
+    data: DataConfig | None,
+    source: DataSource | None,
+    accelerator: Accelerator,
+) -> FeatureNetwork:
+    name = config.features or default_features(data)
+    if name == "classifier" and data is not None and source is not None:
+        _require_images(data.name, source, "--features classifier is trained on")
+    data_name = data.name if data else ""
+    return main_process_first(accelerator, lambda: feature_network(name, source, data_name))
+
+
+def _require_images(name: str, source: DataSource, what: str) -> None:
+    """Latents look like images of another number of channels, and would be compared as such."""
+    if isinstance(source.decode, Decoder):
+        raise UserError(
+            f"{what} images, and {name} holds latents: --reference takes a .npz or a folder of the "
+            "images they were made of, and --features another network than the classifier"
+        )

@@ -1,0 +1,121 @@
+"""Checkpoints of other projects as named tensors, whatever their scripts have wrapped them in."""
+
+import argparse
+import pathlib
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selfalign.errors import UserError
+from selfalign.weights import listed, not_finite, read_safetensors
+
+CONTAINERS = ("ema", "model", "state_dict")
+"""Where the projects' training scripts put weights in a .pt file, the best first."""
+PREFIXES = ("module.", "_orig_mod.", "model.", "ema_model.")
+"""What wrappers (DDP, torch.compile, Lightning) put before every name."""
+
+# What training scripts keep beside weights and may be made from a pickle: calling these does no more
+# than hold values. Paths become pure ones, which cannot touch the disk.
+_SCALAR = np.dtype(float).type(0).__reduce__()[0]
+HARMLESS: list[Any] = [
+    argparse.Namespace,
+    *((pathlib.PurePosixPath, f"pathlib.{name}") for name in ("PosixPath", "PurePosixPath")),
+    *((pathlib.PureWindowsPath, f"pathlib.{name}") for name in ("WindowsPath", "PureWindowsPath")),
+    *((pathlib.PurePosixPath, f"pathlib._local.{name}") for name in ("PosixPath", "PurePosixPath")),
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in "?bhilqBHILQefd"),
+]
+
+
+def read_weights(path: Path | str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .pt file by name, the averaged (`ema`) ones if it has them.
+
+    Prefixes that all names share are taken off. Nothing in the file can run code: pickles are read with
+    `weights_only`.
+
+    Raises:
+        UserError: no such file, a damaged one, or one without weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {str(path)!r} does not exist or is not a file")
+    content: object = read_safetensors(path) if path.suffix == ".safetensors" else _unpickle(path)
+    tensors = _find(content)
+    if not tensors:
+        raise UserError(
+            f"checkpoint {str(path)!r} holds no weights: looked for tensors by name, at the top or "
+            f"in {', '.join(CONTAINERS)}"
+        )
+    _check(path, tensors)
+    return without_prefixes(tensors)
+
+
+def without_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without what wrappers have put before every name."""
+    while prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in weights)), ""):
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return dict(weights)
+
+
+def _unpickle(path: Path) -> object:
+    try:
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                size = sum(entry.file_size for entry in archive.infolist())
+            if size > path.stat().st_size:  # torch does not compress
+                raise UserError(
+                    f"checkpoint {str(path)!r} is damaged: it unpacks to {size:,} bytes, more than it has"
+                )
+        # With mmap, the optimizer's state and the weights that are not used stay on the disk.
+        with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damage, which is told below
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle raises nearly anything
+        held = re.search(r"GLOBAL ([\w.]+)", str(error))
+        which = f" ({held[1]})" if held else ""
+        remedy = (
+            "; if you trust it, load it with torch.load(…, weights_only=False) and save its weights "
+            "alone with safetensors.torch.save_file"
+        )
+        raise UserError(
+            f"checkpoint {str(path)!r} is damaged, or holds more than tensors and plain values{which}"
+            + (remedy if held else "")
+        ) from error
+
+
+def _find(content: object, depth: int = 3) -> dict[str, Tensor]:
+    """The best tensors by name: those of the first container that has any, else those at the top."""
+    if not isinstance(content, Mapping):
+        return {}
+    if depth:
+        for name in CONTAINERS:
+            if tensors := _find(content.get(name), depth - 1):
+                return tensors
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _check(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    wrong = [
+        name
+        for name, value in tensors.items()
+        if value.layout != torch.strided
+        or value.is_complex()
+        or value.is_quantized
+        or value.nbytes > value.untyped_storage().nbytes()  # one number, said to be many
+    ]
+    if wrong:
+        raise UserError(f"checkpoint {str(path)!r}: {listed(wrong)} is no plain tensor")
+    if poisoned := not_finite(tensors):
+        raise UserError(f"checkpoint {str(path)!r}: {listed(poisoned)} is not finite")

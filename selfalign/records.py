@@ -1,0 +1,100 @@
+"""Files of JSON, read once into checked types.
+
+Whatever a file says is checked here, at the border: the rest of the package sees values of the types
+that it asked for. Records are `msgspec.Struct`s; their annotations say what is allowed.
+"""
+
+import json
+import re
+import stat
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import msgspec
+
+from selfalign.disk import write_whole
+from selfalign.errors import UserError
+
+MAX_BYTES = 2**28
+"""Records are small; a file beyond this is not one of ours, and is not read into memory."""
+T = TypeVar("T")
+
+
+def read_json(path: Path, type_: type[T]) -> T:
+    """A file of JSON as a value of a type that msgspec knows.
+
+    Args:
+        path: the file.
+        type_: a `msgspec.Struct`, a dataclass, or a type of plain values.
+
+    Raises:
+        UserError: the file cannot be read, is no JSON, or holds something else; the message names
+            the file and the field.
+    """
+    content = read_bytes(path, MAX_BYTES)
+    try:
+        values = parse_json(content)
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: it is no JSON ({error})") from error
+    try:
+        return msgspec.convert(values, type_)
+    except (msgspec.ValidationError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {_with_field(str(error))}") from error
+
+
+def parse_json(content: bytes) -> Any:
+    """JSON as plain values.
+
+    Not by msgspec, which refuses names of files that are no UTF-8 (lone surrogates), as class names
+    may hold them.
+
+    Raises:
+        ValueError: this is no JSON; also where it is nested too deep, or numbers are NaN or infinite.
+    """
+    try:
+        return json.loads(content, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes.
+
+    Raises:
+        UserError: there is no such file, it is something else (a folder, a pipe, a device), is larger,
+            or cannot be read.
+    """
+    try:
+        status = path.stat()  # before it is opened: a pipe would wait for a writer
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path} cannot be read: it is not a file")
+        if status.st_size > limit:
+            raise UserError(
+                f"{path} cannot be read: it has {status.st_size:,} bytes; allowed are {limit:,}"
+            )
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise UserError(f"{path} cannot be read: {reason}") from error
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write a record as `read_json` reads it, whole or not at all.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    text = json.dumps(msgspec.to_builtins(record), indent=2, allow_nan=False) + "\n"
+    write_whole(path, lambda partial: partial.write_text(text))
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not allowed")
+
+
+def _with_field(message: str) -> str:
+    """msgspec's message with the field in front, named as it is written in the file."""
+    found = re.fullmatch(r"(.*) - at `(\S+)`", message, re.DOTALL)
+    if found is None:
+        return message
+    return f"{found[2].removeprefix('$').removeprefix('.')}: {found[1]}"

@@ -1,0 +1,106 @@
+"""A trained run, loaded for sampling and evaluating."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import selfalign
+from selfalign.config import ResolvedConfig, override, resolve
+from selfalign.data.datasets import open_data
+from selfalign.errors import UserError
+from selfalign.network import Backbone
+from selfalign.runs.folder import CHECKPOINTS, read_record
+from selfalign.sampling.settings import SamplingConfig
+from selfalign.student import build_student
+from selfalign.training.checkpoint import WEIGHTS, choose_checkpoint, load_weights, step_of
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model and what it was trained with."""
+
+    folder: Path
+    config: ResolvedConfig
+    model: Backbone
+    step: int
+    class_names: tuple[str, ...] = ()
+    """By label; the model may have more classes than names."""
+    fingerprint: str | None = None
+    """Of the data that it was trained on; None where that is not checked."""
+
+    def decode(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """From the model's space to images in [-1, 1]; only latents need their data set for it.
+
+        Raises:
+            UserError: that data set is not there, or is another than that of the training.
+        """
+        return self._decoder(images) if self.config.data.name == "latents" else images
+
+    @functools.cached_property
+    def _decoder(self) -> Callable[[Tensor], Tensor]:
+        source = open_data(self.config.data)
+        if self.fingerprint not in (None, source.fingerprint):
+            raise UserError(
+                f"data.root is {self.config.data.root!r}: this is not the data that {self.folder} was "
+                f"trained on (fingerprint {source.fingerprint} instead of {self.fingerprint})"
+            )
+        return source.decode
+
+
+def load_run(
+    folder: Path,
+    weights: Literal["ema", "raw"] = "ema",
+    device: torch.device | str = "cpu",
+    *,
+    step: int | None = None,
+    data_root: str | None = None,
+) -> LoadedRun:
+    """The model of one of a run's checkpoints, in eval mode.
+
+    Nothing is written, and of the checkpoint only these weights and the state are needed.
+
+    Args:
+        folder: of the run.
+        weights: the average, or the trained weights.
+        device: where to.
+        step: of which checkpoint; None for the last one.
+        data_root: where the data is now; None: where it was.
+
+    Raises:
+        UserError: there is no run or no whole checkpoint.
+    """
+    record = read_record(folder)
+    config = record.config
+    if data_root is not None:
+        config = override(config, {"data.root": data_root})
+    resolved = resolve(config)
+    file = WEIGHTS[weights]
+    checkpoint = choose_checkpoint(folder / CHECKPOINTS, step, [file])
+    model = build_student(resolved)
+    load_weights(checkpoint, model, file)
+    model.eval().requires_grad_(False)
+    return LoadedRun(
+        folder,
+        resolved,
+        model.to(device),
+        step_of(checkpoint),
+        record.class_names,
+        record.fingerprint,
+    )
+
+
+def sampling_record(run: LoadedRun, sampling: SamplingConfig, **more: Any) -> dict[str, Any]:
+    """Every setting that a set of samples depends on, as JSON can hold it."""
+    return {
+        "run": str(run.folder),
+        "step": run.step,
+        "selfalign_version": selfalign.__version__,
+        **sampling.record(),
+        **more,
+    }

@@ -1,0 +1,208 @@
+"""Runs that are started, and runs that are gone on with."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from selfalign.config import RunConfig, override, resolve
+from selfalign.data.contents import ABSENT, Recorded, describe_changes
+from selfalign.data.datasets import open_data
+from selfalign.data.source import DataSource
+from selfalign.errors import UserError
+from selfalign.processes import main_process_first, together
+from selfalign.runs.folder import (
+    CHECKPOINTS,
+    empty,
+    missing_folders,
+    read_record,
+    recorded_data,
+    refuse_used,
+    remove_empty,
+    sole_writer,
+    write_config,
+)
+from selfalign.runs.monitors import default_monitors
+from selfalign.training.checkpoint import (
+    checkpoints,
+    choose_checkpoint,
+    is_monitored,
+    rewind,
+    step_of,
+)
+from selfalign.training.loop import (
+    Monitor,
+    Progress,
+    TrainingState,
+    begin,
+    make_accelerator,
+    train,
+)
+from selfalign.training.tracking import read_metrics
+
+Found = Callable[[DataSource], None]
+"""Told of the data once it is open, on the main process."""
+
+REPAIRED = 0.1
+"""Share of a run's images that may have another size without being asked about."""
+
+
+def start_run(
+    config: RunConfig,
+    folder: Path,
+    progress: Progress,
+    monitors: Sequence[Monitor] | None = None,
+    found: Found | None = None,
+) -> TrainingState:
+    """Train a new run in an empty or missing folder.
+
+    Args:
+        config: a tree that may leave to the data what the data determines.
+        folder: where the run goes. Nothing stays in it if the run fails before its first step.
+        progress: told of every logged step.
+        monitors: what is done now and then; None for `default_monitors`.
+        found: told of the data once it is open.
+
+    Raises:
+        UserError: settings, data or folder do not allow it.
+    """
+    accelerator = make_accelerator(config.training, folder)
+    _refuse_used(folder, accelerator)
+    source = main_process_first(accelerator, lambda: open_data(config.data))
+    _tell(found, source, accelerator)
+    with together(accelerator):
+        resolved = resolve(
+            config,
+            source.channels,
+            source.image_size,
+            source.num_classes,
+            accelerator.num_processes,
+        )
+    made = missing_folders(folder)
+    try:
+        with sole_writer(folder, accelerator):
+            _refuse_used(folder, accelerator)
+            state = begin(resolved, source, folder, accelerator)
+            try:
+                with together(accelerator):
+                    if accelerator.is_main_process:
+                        write_config(folder, resolved, source)
+                return train(state, _monitors(config, monitors), progress)
+            except BaseException:
+                if accelerator.is_main_process and state.step == 0:
+                    empty(folder)
+                raise
+    finally:
+        remove_empty(made)
+
+
+def resume_run(
+    folder: Path,
+    steps: int | None,
+    progress: Progress,
+    monitors: Sequence[Monitor] | None = None,
+    found: Found | None = None,
+    *,
+    step: int | None = None,
+    data_root: str | None = None,
+    accept_changes: bool = False,
+) -> TrainingState | None:
+    """Go on with a run from a checkpoint, perhaps to another last step.
+
+    One that has no checkpoint yet starts anew. Whatever fails before the training goes on leaves the
+    folder as it is.
+
+    Args:
+        folder: of the run.
+        steps: the new last step; None keeps it.
+        progress, monitors, found: as for `start_run`.
+        step: the checkpoint to go on from, after which all is dropped; None for the last one.
+        data_root: where the data is now; None: where it was.
+        accept_changes: whether to go on without the images that are gone; the rest keeps its order.
+
+    Returns:
+        The state at the end; None if there was nothing left to do.
+
+    Raises:
+        UserError: there is no run, its checkpoint is damaged, or the data has changed.
+    """
+    record = read_record(folder)
+    changes = {"training.steps": steps, "data.root": data_root}
+    config = override(record.config, {k: v for k, v in changes.items() if v is not None})
+    accelerator = make_accelerator(config.training, folder)
+    with sole_writer(folder, accelerator):
+        with together(accelerator):
+            checkpoint = _checkpoint(folder, step)
+            read_metrics(folder)  # before anything is written, whether it can be read
+            done = 0 if checkpoint is None else step_of(checkpoint)
+            if done > config.training.steps:
+                raise UserError(
+                    f"training.steps is {config.training.steps}: {done} steps of {folder} are done "
+                    "already; allowed is a larger number"
+                )
+        if checkpoint is not None and done == config.training.steps and is_monitored(checkpoint):
+            return None
+        recorded = recorded_data(folder, record)
+        source = main_process_first(accelerator, lambda: open_data(config.data, recorded))
+        _tell(found, source, accelerator)
+        with together(accelerator):
+            told = _check_data(folder, recorded, source, accept_changes)
+            if told and accelerator.is_main_process:
+                warnings.warn(told, stacklevel=2)
+            resolved = resolve(config, processes=accelerator.num_processes)
+        state = begin(resolved, source, folder, accelerator, checkpoint)
+        with together(accelerator):
+            if accelerator.is_main_process:
+                write_config(folder, resolved, source)
+                if step is not None and checkpoint is not None:
+                    rewind(folder / CHECKPOINTS, checkpoint)
+        return train(state, _monitors(config, monitors), progress)
+
+
+def _check_data(folder: Path, recorded: Recorded, source: DataSource, accept: bool) -> str:
+    """What to say of data that has changed and can be gone on with; empty if it is the same.
+
+    Raises:
+        UserError: it cannot, or it has not been accepted.
+    """
+    if source.fingerprint == recorded.fingerprint:
+        return ""
+    then, now = recorded.contents, source.contents
+    changes = "" if then is None or now is None else describe_changes(then, now)
+    if then is None or now is None or not changes:
+        raise UserError(
+            f"the data of {folder} has changed since it was started (fingerprint "
+            f"{source.fingerprint} instead of {recorded.fingerprint}); start a new run"
+        )
+    changed = f"the data of {folder} has changed since it was started: {changes}"
+    differ = sum(a != b for a, b in zip(then.sizes, now.sizes, strict=True))
+    repaired = ABSENT not in now.sizes and differ <= REPAIRED * len(now.sizes)
+    if not repaired and not accept:
+        raise UserError(
+            f"{changed}; with --data.accept-changes the run goes on with what is there, in its order"
+        )
+    return f"{changed}; the run goes on with what is there"
+
+
+def _tell(found: Found | None, source: DataSource, accelerator: Accelerator) -> None:
+    if found is not None and accelerator.is_main_process:
+        found(source)
+
+
+def _refuse_used(folder: Path, accelerator: Accelerator) -> None:
+    with together(accelerator):
+        if accelerator.is_main_process:
+            refuse_used(folder)
+
+
+def _checkpoint(folder: Path, step: int | None) -> Path | None:
+    """Where to go on from; None where nothing has been saved yet."""
+    place = folder / CHECKPOINTS
+    if step is None and not (place / "latest").exists() and not checkpoints(place):
+        return None
+    return choose_checkpoint(place, step)
+
+
+def _monitors(config: RunConfig, monitors: Sequence[Monitor] | None) -> Sequence[Monitor]:
+    return default_monitors(config.training) if monitors is None else monitors

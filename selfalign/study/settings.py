@@ -1,0 +1,69 @@
+"""Settings of a study that the command line shows: how runs are measured, and where they are run."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from selfalign.errors import UserError
+from selfalign.sampling.settings import SamplingConfig
+
+FEATURES = ("inception", "dinov2", "classifier")
+FEWEST_SAMPLES = 20
+"""Of which a Fréchet distance can be measured."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How every run is measured, while it trains and at its end."""
+
+    num: int = 1000
+    """Samples for the Fréchet distance and the other metrics of samples."""
+    features: str | None = None
+    """inception, dinov2, classifier or timm:NAME; left out: the data set's classifier where it is
+    small, else inception."""
+    heldout_pairs: int | None = None
+    """Pairs of a held-out image and a timestep for the final losses; left out: training.heldout_samples."""
+    own_samples: bool = False
+    """Whether each seed of the study has noise and labels of its own for its samples, so that the spread
+    over seeds holds that of sampling; else all runs share them."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(solver="heun"))
+    """How samples are made: the same noise and labels for all variants."""
+
+    def __post_init__(self) -> None:
+        if self.num < FEWEST_SAMPLES:
+            raise UserError(
+                f"measurement.num is {self.num}: allowed is a number from {FEWEST_SAMPLES}"
+            )
+        if self.heldout_pairs is not None and self.heldout_pairs < 10:
+            raise UserError(
+                f"measurement.heldout_pairs is {self.heldout_pairs}: allowed is a number from 10"
+            )
+        named = self.features is None or self.features.startswith("timm:")
+        if not named and self.features not in FEATURES:
+            raise UserError(
+                f"measurement.features is {self.features!r}: allowed are {', '.join(FEATURES)} and "
+                "timm:NAME"
+            )
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Where runs are run, and how many at once."""
+
+    launcher: Literal["local", "slurm", "submitit-local"] = "local"
+    """Processes of this machine, jobs of a SLURM cluster, or submitit's stand-in for a cluster."""
+    processes: int | None = None
+    """Runs at once on this machine; left out: one per GPU, else cores / threads."""
+    threads: int = 1
+    """CPU threads of each run."""
+    partition: str | None = None
+    """SLURM partition."""
+    gpus: int = 1
+    """GPUs of each SLURM job."""
+    minutes: int = 24 * 60
+    """Time limit of each SLURM job; one that meets it is queued again and goes on."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("processes", 1), ("threads", 1), ("gpus", 0), ("minutes", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name} is {value}: allowed is a number from {least}")

@@ -1,0 +1,100 @@
+"""Named tensors from files: read without running code, and checked before they reach a model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, load_file, save, save_file
+from torch import Tensor
+
+from selfalign.errors import UserError
+
+Weights = Mapping[str, Tensor]
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, on the CPU.
+
+    Raises:
+        UserError: the file is missing or damaged; the message names it.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} cannot be read: there is no such file")
+    try:
+        return load_file(path) if _is_utf8(path) else load(path.read_bytes())
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def read_header(path: Path) -> None:
+    """Refuse a .safetensors file that is cut off, without reading its tensors.
+
+    Raises:
+        UserError: the header is damaged, or does not fit the file's size.
+    """
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def write_safetensors(path: Path, tensors: Weights) -> None:
+    """Write a .safetensors file. Raises OSError or SafetensorError."""
+    contiguous = {name: value.contiguous() for name, value in tensors.items()}
+    if _is_utf8(path):
+        save_file(contiguous, path)
+    else:
+        path.write_bytes(save(contiguous))
+
+
+def _is_utf8(path: Path) -> bool:
+    """Whether safetensors can open it; folders of other names are read and written through memory."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def differences(expected: Weights, found: Weights, dtypes: bool = True) -> list[str]:
+    """How tensors differ from what is expected in name, shape and dtype, a phrase each.
+
+    Args:
+        expected: tensors of the right names, shapes and dtypes; they may be on the meta device.
+        found: what is looked at.
+        dtypes: whether another dtype is a difference.
+    """
+    wrong = [f"{name} is missing" for name in expected if name not in found]
+    wrong += [f"{name} is unknown" for name in found if name not in expected]
+    for name, tensor in expected.items():
+        if name not in found:
+            continue
+        if found[name].shape != tensor.shape:
+            shapes = tuple(found[name].shape), tuple(tensor.shape)
+            wrong.append(f"{name} has shape {shapes[0]} and not {shapes[1]}")
+        elif dtypes and found[name].dtype != tensor.dtype:
+            wrong.append(f"{name} is {_name(found[name].dtype)} and not {_name(tensor.dtype)}")
+    return wrong
+
+
+def not_finite(tensors: Weights) -> list[str]:
+    """Names of the tensors that hold NaN or infinity. One pass over the memory of each."""
+    found = []
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            bounds = torch.stack(tensor.detach().aminmax())  # NaN in any place makes both NaN
+            if not bool(bounds.isfinite().all()):
+                found.append(name)
+    return found
+
+
+def listed(phrases: list[str], most: int = 3) -> str:
+    """The first phrases of a list, and how many more there are."""
+    more = f", and {len(phrases) - most} more" if len(phrases) > most else ""
+    return ", ".join(phrases[:most]) + more
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

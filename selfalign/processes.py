@@ -1,9 +1,10 @@
 """Devices and processes: what a launcher gives, and what several processes do together: fail, and end."""
 
-import gc
+import atexit
 import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -95,12 +96,22 @@ def main_process_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
     return results[0]
 
 
-def end_process_group() -> None:
-    """End the process group, if there is one; for the end of work that all processes reach.
+def end_shared_process(code: int, agreed: bool) -> None:
+    """End this process if it is one of a group, without ending its interpreter first.
 
-    Its threads drop Python objects now and then, and abort a process whose interpreter has ended by then
-    (pytorch/pytorch#179291). A process that fails alone must not wait for the others here.
+    gloo's threads drop Python objects now and then, and abort a process whose interpreter is ending
+    (pytorch/pytorch#179291), also after the group has been destroyed.
+
+    Args:
+        code: exit code of the process.
+        agreed: whether all processes end here; one that fails alone must not wait for the others.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if agreed:
         torch.distributed.destroy_process_group()
-        gc.collect()  # a model that is shared holds the group, and lies in cycles of references
+    atexit._run_exitfuncs()
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)

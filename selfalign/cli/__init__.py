@@ -30,24 +30,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 2 for what a person got wrong, 128+n for signal n."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     show_any_text()
+    agreed = True
     try:
-        return _run(words)
+        code = _run(words)
     except UserError as error:
-        agreed, line = isinstance(error, AgreedError), " ".join(str(error).split())
+        agreed, code = isinstance(error, AgreedError), 2
+        if (
+            not agreed or os.environ.get("RANK", "0") == "0"
+        ):  # what all know, the first process says
+            line = " ".join(str(error).split())
+            print(f"selfalign: error: {line}", file=sys.stderr)
     except KeyboardInterrupt as interruption:
+        agreed, code = False, 128 + getattr(interruption, "number", signal.SIGINT)
         how = GO_ON.get(words[0] if words else "", "")
         if os.environ.get("RANK", "0") == "0":
             print(f"selfalign: interrupted{how and ': '}{how}", file=sys.stderr)
-        return 128 + getattr(interruption, "number", signal.SIGINT)
     except BrokenPipeError:
+        agreed, code = False, 128 + signal.SIGPIPE
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    if agreed:
-        _end_process_group()
-        if os.environ.get("RANK", "0") != "0":
-            return 2  # the first process says it
-    print(f"selfalign: error: {line}", file=sys.stderr)
-    return 2
+    if "torch" in sys.modules:
+        from selfalign.processes import end_shared_process
+
+        end_shared_process(code, agreed)
+    return code
 
 
 def _run(words: list[str]) -> int:
@@ -66,9 +71,7 @@ def _run(words: list[str]) -> int:
     _load_plugins(rest, keep=name == "train")
     command = getattr(importlib.import_module(f"selfalign.cli.{name}"), f"{name}_command")
     with interruptible():
-        code = command(rest)
-    _end_process_group()
-    return int(code)
+        return int(command(rest))
 
 
 def _usage() -> str:
@@ -124,11 +127,3 @@ def _load_plugins(words: list[str], keep: bool) -> None:
         load_plugin(file)
     if not keep:
         del words[first : first + 1 + len(files)]
-
-
-def _end_process_group() -> None:
-    """End the group of processes, if this is one of several."""
-    if "torch" in sys.modules:
-        from selfalign.processes import end_process_group
-
-        end_process_group()

@@ -40,13 +40,16 @@ def read_header(path: Path) -> None:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def write_safetensors(path: Path, tensors: Weights) -> None:
-    """Write a .safetensors file. Raises OSError or SafetensorError."""
+def write_safetensors(path: Path, tensors: Weights, facts: dict[str, str] | None = None) -> None:
+    """Write a .safetensors file, with facts in its header. Raises OSError."""
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
-    if _is_utf8(path):
-        save_file(contiguous, path)
-    else:
-        path.write_bytes(save(contiguous))
+    try:
+        if _is_utf8(path):
+            save_file(contiguous, path, facts)
+        else:
+            path.write_bytes(save(contiguous, facts))
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(str(error)) from error
 
 
 def _is_utf8(path: Path) -> bool:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, UInt8
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,6 +17,7 @@ from selfalign.disk import cache_folder, write_whole
 from selfalign.errors import UserError
 from selfalign.randomness import make_generator
 from selfalign.sampling.generate import to_uint8
+from selfalign.weights import write_safetensors
 
 STEPS = 700
 BATCH = 128
@@ -111,7 +111,7 @@ def get_classifier(source: DataSource, name: str) -> TrainedClassifier:
         facts = {"heldout_accuracy": repr(accuracy)}
         # Where the cache cannot be written, it is trained again next time.
         with contextlib.suppress(UserError):
-            write_whole(file, lambda path: save_file(classifier.state_dict(), path, facts))
+            write_whole(file, lambda path: write_safetensors(path, classifier.state_dict(), facts))
     return TrainedClassifier(classifier.eval().requires_grad_(False), accuracy)
 
 

@@ -10,7 +10,7 @@ from selfalign.weights import write_safetensors
 
 
 def test_what_cannot_be_written_is_an_oserror(tmp_path: Path) -> None:
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="No such file"):
         write_safetensors(tmp_path / "missing" / "a.safetensors", {"a": torch.zeros(2)})
 
 

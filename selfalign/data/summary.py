@@ -22,7 +22,7 @@ class Summary:
     @property
     def untrained(self) -> tuple[str, ...]:
         """Names of the classes without a training image."""
-        counts = zip(self.class_names, self.training, strict=True)
+        counts = zip(self.class_names, self.training, strict=True) if self.class_names else ()
         return tuple(name for name, count in counts if not count)
 
     def lines(self) -> list[str]:

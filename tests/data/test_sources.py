@@ -120,13 +120,16 @@ def rows(library):
     return library.Dataset.from_dict(content, features=features)
 
 
-@pytest.mark.parametrize("kind", ["parquet", "parquet folder", "arrow", "saved"])
+@pytest.mark.parametrize("kind", ["parquet", "parquet folder", "arrow", "saved", "saved splits"])
 def test_parquet_and_arrow(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
     library = pytest.importorskip("datasets")
     monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     path = tmp_path / "stored"
     if kind == "saved":
         rows(library).save_to_disk(path)
+    elif kind == "saved splits":
+        splits = {"train": rows(library), "test": rows(library).select([0])}
+        library.DatasetDict(splits).save_to_disk(path)
     elif kind == "arrow":
         rows(library).save_to_disk(path)
         path = next(path.glob("*.arrow"))

@@ -80,6 +80,8 @@ def _open_path(path: Path, config: PrepareConfig) -> Source:
         raise UserError(f"source is {str(path)!r}: allowed are files and folders")
     if (path / "dataset.json").exists():
         return open_listed(path, config.skip_unreadable)
+    if (path / "dataset_dict.json").is_file() and (path / "train" / "state.json").is_file():
+        return _open_path(path / "train", config)  # as `hub:` does where no split is named
     listing = list_files(path, suffixes={*IMAGE_SUFFIXES, *TABLE_SUFFIXES, ".tar"})
     found = {Path(file.name).suffix.lower() for file in listing.files}
     if not found & IMAGE_SUFFIXES and found:

@@ -28,7 +28,7 @@ from selfalign.sections import (
 )
 from selfalign.settings import Settings, require
 from selfalign.targets import Target
-from selfalign.terms import Term, used_terms
+from selfalign.terms import Term
 from selfalign.tokens import TokenGrid, group_sizes
 
 
@@ -102,8 +102,9 @@ class RunConfig(Settings):
         return len(self.views.mask_ratios)
 
     def used_terms(self) -> dict[str, Term]:
-        """The terms of the objective by name; denoising comes first."""
-        return used_terms(self)
+        """The terms of the objective by name, in alphabetical order but for denoising, which comes first."""
+        found = {name: term for name, term in self.terms.items() if term.is_used(self)}
+        return {"denoising": found.pop("denoising"), **found}
 
     def used_targets(self) -> dict[str, Target]:
         """The targets that these terms compare with, by name."""

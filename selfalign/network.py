@@ -134,9 +134,9 @@ class Backbone(nn.Module):
             name: self.get_submodule(name)(features[self.head_taps[name]], embedded, groups)
             for name in heads
         }
-        for name in idle_heads:
-            for parameter in self.get_submodule(name).parameters():
-                velocity = velocity + 0 * parameter.sum()
+        idle = [p for name in idle_heads for p in self.get_submodule(name).parameters()]
+        if idle:
+            velocity = velocity + 0 * torch.stack([parameter.sum() for parameter in idle]).sum()
         return Output(velocity, {tap: features[tap] for tap in taps}, projected)
 
     def features(

@@ -55,16 +55,15 @@ class Choosing(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         for entry in dataclasses.fields(self):
-            kind = entry.metadata.get("kind")
-            value = getattr(self, entry.name)
-            if kind is None or value == entry.metadata["none"]:
+            if "kind" not in entry.metadata:
                 continue
-            dotted = self.dotted(entry.name)
+            kind, none = entry.metadata["kind"], entry.metadata["none"]
+            value, dotted = getattr(self, entry.name), self.dotted(entry.name)
+            if value == none:
+                continue
             several = isinstance(value, tuple)
-            none = entry.metadata["none"]
-            found = [
-                get(kind, name, dotted, none).name for name in (value if several else (value,))
-            ]
+            words = value if several else (value,)
+            found = [get(kind, word, dotted, none).name for word in words]
             object.__setattr__(self, entry.name, tuple(found) if several else found[0])
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the command line prints its help without torch
     from jaxtyping import Float, Int
-    from torch import Tensor
+    from torch import Tensor, device
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,12 @@ class TokenGrid:
         """The inverse of `patchify`."""
         return unpatchify(tokens, self.patch_size, self.sides)
 
-    def coordinates(self) -> Int[Tensor, "N A"]:
-        """Every token's place along every axis, in image order."""
+    def coordinates(self, device: device | None = None) -> Int[Tensor, "N A"]:
+        """Every token's place along every axis, in image order; made on the device."""
         import torch
 
-        places = torch.meshgrid(*map(torch.arange, self.shape), indexing="ij")
+        axes = [torch.arange(length, device=device) for length in self.shape]
+        places = torch.meshgrid(*axes, indexing="ij")
         return torch.stack([place.flatten() for place in places], dim=1)
 
 

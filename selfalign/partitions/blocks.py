@@ -43,8 +43,8 @@ class Blocks(Partition):
         import torch
 
         device = generator.device
-        places = grid.coordinates().to(device, torch.float32)
-        lengths = torch.tensor(grid.shape, dtype=torch.float32, device=device)
+        places = grid.coordinates(device).float()
+        lengths = places.amax(dim=0) + 1
         axes = len(grid.shape)
         taken = torch.zeros(batch, grid.num_tokens, dtype=torch.bool, device=device)
         groups = []

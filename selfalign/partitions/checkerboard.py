@@ -44,7 +44,7 @@ class Checkerboard(Partition):
 
         device, colours = generator.device, len(sizes)
         first = torch.randint(colours, (batch, 1), generator=generator, device=device)
-        diagonal = (grid.coordinates().to(device) // self.field).sum(dim=1)
+        diagonal = (grid.coordinates(device) // self.field).sum(dim=1)
         colour = (diagonal + first) % colours
         within = torch.rand(batch, grid.num_tokens, generator=generator, device=device)
         return (colour + within).argsort(dim=1)

@@ -46,7 +46,7 @@ class Stripes(Partition):
 
         device = generator.device
         axis = min(self.axis, len(grid.shape) - 1)
-        stripe = grid.coordinates()[:, axis].to(device) // self.width
+        stripe = grid.coordinates(device)[:, axis] // self.width
         count = -(-grid.shape[axis] // self.width)
         rank = torch.rand(batch, count, generator=generator, device=device).argsort(dim=1)
         return rank.argsort(dim=1)[:, stripe].argsort(dim=1, stable=True)

@@ -35,12 +35,12 @@ class LoadedRun:
     """Of the data that it was trained on; None where that is not checked."""
 
     def decode(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """From the model's space to images in [-1, 1]; only latents need their data set for it.
+        """From the model's space to images in [-1, 1]; only latents and their like need the data set for it.
 
         Raises:
             UserError: that data set is not there, or is another than that of the training.
         """
-        return self._decoder(images) if self.config.data.name == "latents" else images
+        return self._decoder(images) if self.config.data.source.decodes else images
 
     @functools.cached_property
     def _decoder(self) -> Callable[[Tensor], Tensor]:

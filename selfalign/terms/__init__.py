@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from selfalign.parts import Part
 
@@ -98,9 +98,3 @@ class Term(Part):
         Args:
             forward: the batch, its views and draw, the student's output, and the targets' features.
         """
-
-
-def used_terms(config: Any) -> dict[str, Term]:
-    """The terms of a config by name, in alphabetical order but for denoising, which comes first."""
-    found = {name: term for name, term in config.terms.items() if term.is_used(config)}
-    return {"denoising": found.pop("denoising"), **found}

@@ -187,9 +187,7 @@ def train(
             elif accelerator.num_processes == 1:
                 state.stopped_by = _agreed_stop_signal(accelerator, signals)
             before = time.perf_counter()
-            if _saves(state, monitors):
-                _require_finite(state, take_step)
-            _run_monitors(state, monitors, failed)
+            _run_monitors(state, monitors, failed, take_step)
             started += time.perf_counter() - before  # monitors do not count as training time
     state.metrics.close()
     return state
@@ -258,7 +256,9 @@ def _save(state: TrainingState) -> None:
     state.saved_step = state.step
 
 
-def _run_monitors(state: TrainingState, monitors: Sequence[Monitor], failed: set[type]) -> None:
+def _run_monitors(
+    state: TrainingState, monitors: Sequence[Monitor], failed: set[type], take_step: TrainingStep
+) -> None:
     """Checkpoint, and call monitors, where their step has come.
 
     The checkpoint comes first, also before the first monitors of a run: whatever they do, it is there.
@@ -266,6 +266,7 @@ def _run_monitors(state: TrainingState, monitors: Sequence[Monitor], failed: set
     """
     due, save = _due(state, monitors), _saves(state, monitors)
     if save:
+        _require_finite(state, take_step)
         with together(state.accelerator):
             _save(state)
     if due and state.stopped_by is not None and not _is_finished(state):

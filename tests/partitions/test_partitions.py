@@ -103,7 +103,7 @@ def test_is_chosen_by_name(name):
     assert draw.order.shape == (3, 64)
 
 
-@pytest.mark.parametrize("names", itertools.combinations(NAMES, 2), ids=str)
+@pytest.mark.parametrize("names", list(itertools.combinations(NAMES, 2)), ids=str)
 def test_partitions_share_noise_and_the_first_groups_timesteps(names):
     draws = []
     for name in names:

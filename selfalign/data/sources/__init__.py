@@ -23,6 +23,9 @@ class Source(Part):
     small: ClassVar[bool] = False
     """Whether images are so small that Inception makes no sense and a classifier of their own is used."""
 
+    decodes: ClassVar[bool] = False
+    """Whether the model sees something else than pixels, so that samples need `DataSource.decode`."""
+
     @abstractmethod
     def open(self, config: DataConfig) -> DataSource:
         """The data set.

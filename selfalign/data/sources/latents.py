@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class Latents(Source):
     """Latents, or pixels, that `selfalign prepare` stored in data.root."""
 
+    decodes = True
+
     def open(self, config: DataConfig) -> DataSource:
         """See `open_latents`."""
         from selfalign.data.latents.reader import open_latents

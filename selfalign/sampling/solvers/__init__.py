@@ -5,7 +5,8 @@ The state is kept in float64, as the released samplers keep it, while the model 
 
 from __future__ import annotations
 
-from abc import abstractmethod
+import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -46,7 +47,6 @@ class Solver(Part):
         """Where each step starts and how often it asks for a velocity; None if that depends on the model."""
         return [(t, 1) for t in self.times(steps)[:-1]]
 
-    @abstractmethod
     def solve(
         self,
         velocity: StepVelocity,
@@ -55,7 +55,7 @@ class Solver(Part):
         path: Path,
         step_noise: Callable[[int], Float[Tensor, "B C *sides"]],
     ) -> Float[Tensor, "B C *sides"]:
-        """x at t = 0. Called without gradients.
+        """x at t = 0, one step after the other. Called without gradients.
 
         Args:
             velocity: of the model, guided or not.
@@ -64,3 +64,29 @@ class Solver(Part):
             path: relates velocity and score.
             step_noise: standard normal noise of a step, for solvers that add some.
         """
+        x = noise
+        for number, (t, t_next) in enumerate(itertools.pairwise(self.times(steps))):
+            draw = functools.partial(step_noise, number)
+            x = self.step(velocity.at(number, t), x, t, t_next, path, draw)
+        return x
+
+    def step(
+        self,
+        velocity: Velocity,
+        x: Float[Tensor, "B C *sides"],
+        t: float,
+        t_next: float,
+        path: Path,
+        draw_noise: Callable[[], Float[Tensor, "B C *sides"]],
+    ) -> Float[Tensor, "B C *sides"]:
+        """x at `t_next`. Solvers that choose their steps on the way define `solve` instead.
+
+        Args:
+            velocity: of the model in this step.
+            x: the state at `t`.
+            t: where the step starts.
+            t_next: where it ends, below `t`; 0 for the last one.
+            path: relates velocity and score.
+            draw_noise: standard normal noise of this step.
+        """
+        raise NotImplementedError

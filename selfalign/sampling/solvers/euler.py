@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from selfalign.parts import register
-from selfalign.sampling.solvers import Solver, StepVelocity
+from selfalign.sampling.solvers import Solver, Velocity
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -22,16 +21,14 @@ if TYPE_CHECKING:
 class Euler(Solver):
     """dx/dt = v on equal intervals from t = 1 to 0."""
 
-    def solve(
+    def step(
         self,
-        velocity: StepVelocity,
-        noise: Float[Tensor, "B C *sides"],
-        steps: int,
+        velocity: Velocity,
+        x: Float[Tensor, "B C *sides"],
+        t: float,
+        t_next: float,
         path: Path,
-        step_noise: Callable[[int], Float[Tensor, "B C *sides"]],
+        draw_noise: Callable[[], Float[Tensor, "B C *sides"]],
     ) -> Float[Tensor, "B C *sides"]:
         """First order."""
-        x = noise
-        for step, (t, t_next) in enumerate(itertools.pairwise(self.times(steps))):
-            x = x + (t_next - t) * velocity.at(step, t)(x, t)
-        return x
+        return x + (t_next - t) * velocity(x, t)

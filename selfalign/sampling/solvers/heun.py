@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from selfalign.parts import register
-from selfalign.sampling.solvers import StepVelocity
-from selfalign.sampling.solvers.euler import Euler
+from selfalign.sampling.solvers import Solver, Velocity
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
 
 @register("heun")
 @dataclass(frozen=True)
-class Heun(Euler):
+class Heun(Solver):
     """Euler's steps, each but the last corrected with the velocity at its end (second order)."""
 
     def evaluations(self, steps: int) -> list[tuple[float, int]]:
@@ -28,21 +26,18 @@ class Heun(Euler):
         starts = self.times(steps)[:-1]
         return [(t, 2 if step < steps - 1 else 1) for step, t in enumerate(starts)]
 
-    def solve(
+    def step(
         self,
-        velocity: StepVelocity,
-        noise: Float[Tensor, "B C *sides"],
-        steps: int,
+        velocity: Velocity,
+        x: Float[Tensor, "B C *sides"],
+        t: float,
+        t_next: float,
         path: Path,
-        step_noise: Callable[[int], Float[Tensor, "B C *sides"]],
+        draw_noise: Callable[[], Float[Tensor, "B C *sides"]],
     ) -> Float[Tensor, "B C *sides"]:
-        """Second order; the correction follows the step's own decision on guidance."""
-        x = noise
-        for step, (t, t_next) in enumerate(itertools.pairwise(self.times(steps))):
-            of_step = velocity.at(step, t)
-            slope = of_step(x, t)
-            if step < steps - 1:
-                ahead = x + (t_next - t) * slope
-                slope = 0.5 * slope + 0.5 * of_step(ahead, t_next)
-            x = x + (t_next - t) * slope
-        return x
+        """Second order; the last step is Euler's, since a velocity at t = 0 is not asked for."""
+        slope = velocity(x, t)
+        if t_next > 0:
+            ahead = x + (t_next - t) * slope
+            slope = 0.5 * slope + 0.5 * velocity(ahead, t_next)
+        return x + (t_next - t) * slope

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from selfalign.parts import register
-from selfalign.sampling.solvers import Solver, StepVelocity
+from selfalign.sampling.solvers import Solver, Velocity
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -35,23 +34,21 @@ class EulerMaruyama(Solver):
 
         return [*torch.linspace(1, self.last_step, steps, dtype=torch.float64).tolist(), 0.0]
 
-    def solve(
+    def step(
         self,
-        velocity: StepVelocity,
-        noise: Float[Tensor, "B C *sides"],
-        steps: int,
+        velocity: Velocity,
+        x: Float[Tensor, "B C *sides"],
+        t: float,
+        t_next: float,
         path: Path,
-        step_noise: Callable[[int], Float[Tensor, "B C *sides"]],
+        draw_noise: Callable[[], Float[Tensor, "B C *sides"]],
     ) -> Float[Tensor, "B C *sides"]:
         """Noise of variance 2t·dt in every step but the last."""
         import torch
 
-        x = noise
-        for step, (t, t_next) in enumerate(itertools.pairwise(self.times(steps))):
-            v = velocity.at(step, t)(x, t)
-            score = path.score(v, x, torch.tensor(t, dtype=x.dtype, device=x.device))
-            x_next = x + (t_next - t) * (v - t * score)
-            if step < steps - 1:
-                x_next = x_next + (2 * t * (t - t_next)) ** 0.5 * step_noise(step).to(x)
-            x = x_next
-        return x
+        v = velocity(x, t)
+        score = path.score(v, x, torch.tensor(t, dtype=x.dtype, device=x.device))
+        x_next = x + (t_next - t) * (v - t * score)
+        if t_next > 0:
+            x_next = x_next + (2 * t * (t - t_next)) ** 0.5 * draw_noise().to(x)
+        return x_next

@@ -9,6 +9,9 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 
 from selfalign.errors import UserError
 
+OPS = ("auto", "torch", "cpu")
+"""Forms of the operations (`--ops`): the compiled kernels where they can be had, torch's operations
+always, the compiled kernels or an error. Here, so that a refusal needs no torch."""
 _WORDS = {
     int: "a whole number",
     float: "a number",

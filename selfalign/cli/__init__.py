@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from selfalign.cli.interruption import GO_ON, interruptible, show_any_text
 from selfalign.errors import AgreedError, UserError
+from selfalign.settings import OPS
 
 COMMANDS = {
     "train": "train a recipe, or go on with a run",
@@ -23,7 +24,6 @@ COMMANDS = {
     "completion": "print what a shell needs to complete commands and options",
 }
 """Each is a module NAME of this package with a function NAME_command(arguments) -> exit code."""
-OPS = ("auto", "torch", "cpu")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,9 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _run(words)
     except UserError as error:
         agreed, code = isinstance(error, AgreedError), 2
-        if (
-            not agreed or os.environ.get("RANK", "0") == "0"
-        ):  # what all know, the first process says
+        # What all processes know, the first one says.
+        if not agreed or os.environ.get("RANK", "0") == "0":
             line = " ".join(str(error).split())
             print(f"selfalign: error: {line}", file=sys.stderr)
     except KeyboardInterrupt as interruption:

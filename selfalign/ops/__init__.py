@@ -8,11 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selfalign.ops import choice, cpu, reference
-from selfalign.ops.choice import CHOICES, compiled, use
+from selfalign.ops.choice import compiled, use
 from selfalign.ops.reference import Part
 
 __all__ = [
-    "CHOICES",
     "Part",
     "attention",
     "compiled",

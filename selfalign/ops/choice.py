@@ -13,9 +13,8 @@ from selfalign.ops.cpu import build
 from selfalign.ops.cpu.call import WIDTH
 from selfalign.ops.cpu.matmul import ONEDNN
 from selfalign.ops.reference import transforming
+from selfalign.settings import OPS
 
-CHOICES = ("auto", "torch", "cpu")
-"""The compiled kernels where they can be had, torch's operations always, the compiled kernels or an error."""
 VARIABLE = "SELFALIGN_OPS"
 """The environment variable that holds the choice of a process that makes no other."""
 
@@ -26,15 +25,15 @@ def use(choice: str, name: str = "ops") -> contextlib.ExitStack:
     """Choose the form of the operations, from now on or for a `with` block.
 
     Args:
-        choice: one of CHOICES.
+        choice: one of OPS.
         name: what the choice is called where a person made it, for the error.
 
     Raises:
-        UserError: the choice is not one of CHOICES, or it is `cpu` and there can be no kernels here.
+        UserError: the choice is not one of OPS, or it is `cpu` and there can be no kernels here.
     """
     global _chosen
-    if choice not in CHOICES:
-        raise UserError(f"{name} is {choice!r}: allowed are {', '.join(CHOICES)}")
+    if choice not in OPS:
+        raise UserError(f"{name} is {choice!r}: allowed are {', '.join(OPS)}")
     if choice == "cpu":
         try:
             build.library()

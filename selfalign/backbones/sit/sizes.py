@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from selfalign.errors import UserError
+from selfalign.sections import PATCH_SIZES
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,6 @@ SIZES: dict[str, Size] = {
     "L": Size(hidden_size=1024, depth=24, heads=16),
     "XL": Size(hidden_size=1152, depth=28, heads=16),
 }
-PATCH_SIZES = (1, 2, 4, 8)
 
 
 def parse_size(name: str) -> tuple[Size, int]:

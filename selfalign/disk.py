@@ -40,10 +40,10 @@ def cache_folder(kind: str) -> Path:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place and rename it, so that it is whole or absent.
+    """Write a file or a folder of files beside its place and rename it, so that it is whole or absent.
 
     Args:
-        path: the file.
+        path: the file, or the folder.
         write: writes it, under the name that it is given.
 
     Raises:
@@ -58,7 +58,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         raise UserError(f"{path} cannot be written: {reason(error, path.parent)}") from error
     finally:
         with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+            remove(partial)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
@@ -86,6 +86,14 @@ def reason(error: Exception, folder: Path, needed: int | None = None) -> str:
     return said
 
 
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def is_left_over(path: Path) -> bool:
     """Whether this is what interrupted writing left: everything is written under such names first."""
     return path.name.startswith(".") and ".partial" in path.name
@@ -94,10 +102,7 @@ def is_left_over(path: Path) -> bool:
 def sweep(folder: Path) -> None:
     """Remove what interrupted writing left in a folder. For a folder that nobody else writes into."""
     for left_over in filter(is_left_over, list(folder.glob(".*"))):
-        if left_over.is_dir():
-            shutil.rmtree(left_over, ignore_errors=True)
-        else:
-            left_over.unlink(missing_ok=True)
+        remove(left_over)
 
 
 @contextlib.contextmanager

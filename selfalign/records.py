@@ -5,10 +5,11 @@ that it asked for. Records are `msgspec.Struct`s; their annotations say what is 
 """
 
 import json
+import math
 import re
 import stat
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -20,39 +21,72 @@ MAX_BYTES = 2**28
 T = TypeVar("T")
 
 
-def read_json(path: Path, type_: type[T]) -> T:
+def read_json(path: Path, type_: type[T], limit: int = MAX_BYTES) -> T:
     """A file of JSON as a value of a type that msgspec knows.
 
     Args:
         path: the file.
         type_: a `msgspec.Struct`, a dataclass, or a type of plain values.
+        limit: bytes that it may have.
 
     Raises:
         UserError: the file cannot be read, is no JSON, or holds something else; the message names
             the file and the field.
     """
-    content = read_bytes(path, MAX_BYTES)
+    return convert(read_plain(path, limit=limit), type_, f"{path} cannot be read")
+
+
+def read_plain(path: Path, finite: bool = True, limit: int = MAX_BYTES) -> Any:
+    """A file of JSON as plain values.
+
+    Args:
+        path: the file.
+        finite: as for `parse_json`.
+        limit: bytes that it may have.
+
+    Raises:
+        UserError: the file cannot be read, or is no JSON; the message names it.
+    """
+    content = read_bytes(path, limit)
     try:
-        values = parse_json(content)
+        return parse_json(content, finite)
     except ValueError as error:
         raise UserError(f"{path} cannot be read: it is no JSON ({error})") from error
+
+
+def convert(values: object, type_: type[T], where: object) -> T:
+    """Plain values, as JSON and YAML hold them, as a value of a type that msgspec knows.
+
+    Args:
+        values: nested dictionaries and lists.
+        type_: as for `read_json`.
+        where: begins the message.
+
+    Raises:
+        UserError: they hold something else; the message names the field.
+    """
     try:
-        return msgspec.convert(values, type_)
+        return msgspec.convert(values, type_, str_keys=True)
     except (msgspec.ValidationError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {_with_field(str(error))}") from error
+        raise UserError(f"{where}: {_with_field(str(error))}") from error
 
 
-def parse_json(content: bytes) -> Any:
+def parse_json(content: bytes, finite: bool = True) -> Any:
     """JSON as plain values.
 
     Not by msgspec, which refuses names of files that are no UTF-8 (lone surrogates), as class names
     may hold them.
 
+    Args:
+        content: the text.
+        finite: whether NaN and infinity are refused. Results of runs that diverged hold them.
+
     Raises:
-        ValueError: this is no JSON; also where it is nested too deep, or numbers are NaN or infinite.
+        ValueError: this is no JSON; also where it is nested too deep.
     """
     try:
-        return json.loads(content, parse_constant=_refuse_constant)
+        parse = _finite if finite else float
+        return json.loads(content, parse_constant=parse, parse_float=parse)
     except RecursionError as error:
         raise ValueError("nested too deep") from error
 
@@ -88,8 +122,11 @@ def write_json(path: Path, record: Any) -> None:
     write_whole(path, lambda partial: partial.write_text(text))
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not allowed")
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not allowed")
+    return number
 
 
 def _with_field(message: str) -> str:

@@ -1,6 +1,6 @@
 """Named tensors from files: read without running code, and checked before they reach a model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -93,9 +93,9 @@ def not_finite(tensors: Weights) -> list[str]:
     return found
 
 
-def listed(phrases: list[str], most: int = 3) -> str:
+def listed(phrases: Sequence[str], most: int = 3) -> str:
     """The first phrases of a list, and how many more there are."""
-    more = f", and {len(phrases) - most} more" if len(phrases) > most else ""
+    more = f", and {len(phrases) - most:,} more" if len(phrases) > most else ""
     return ", ".join(phrases[:most]) + more
 
 

@@ -38,9 +38,6 @@ def prepare_command(arguments: Sequence[str]) -> int:
     """`selfalign prepare`."""
     if "--verify" in arguments:
         return _verify(arguments)
-    from selfalign.data.datasets import open_data
-    from selfalign.data.latents.prepare import prepare
-
     parsed = parse(
         PrepareArguments,
         arguments,
@@ -49,6 +46,10 @@ def prepare_command(arguments: Sequence[str]) -> int:
         "continues what was interrupted; selfalign prepare --verify OUT checks the result. "
         "Example: selfalign prepare imagenet/train data/imagenet256 --vae ema --processes 8",
     )
+    from selfalign.data.datasets import open_data
+    from selfalign.data.latents.prepare import prepare
+    from selfalign.weights import listed
+
     with make_bar("preparing") as bar:
         task = bar.add_task("", total=None)
 
@@ -68,10 +69,9 @@ def prepare_command(arguments: Sequence[str]) -> int:
     for line in prepared.summary.lines():
         say(line)
     if manifest.skipped:
-        listed = ", ".join(manifest.skipped[:10]) + (", …" if len(manifest.skipped) > 10 else "")
         say(
-            f"left out as unreadable: {len(manifest.skipped):,} ({listed}); all are listed in "
-            f"{parsed.out / 'manifest.json'}"
+            f"left out as unreadable: {len(manifest.skipped):,} ({listed(manifest.skipped, 10)}); all "
+            f"are listed in {parsed.out / 'manifest.json'}"
         )
     say(
         f"train on it: selfalign train RECIPE --out DIR --data.name latents --data.root {parsed.out}"
@@ -85,8 +85,6 @@ def say(line: str) -> None:
 
 
 def _verify(arguments: Sequence[str]) -> int:
-    from selfalign.data.latents.verify import verify
-
     parsed = parse(
         VerifyArguments,
         arguments,
@@ -94,6 +92,8 @@ def _verify(arguments: Sequence[str]) -> int:
         "Compare a prepared data set with its checksums. "
         "Example: selfalign prepare --verify data/imagenet256",
     )
+    from selfalign.data.latents.verify import verify
+
     with make_bar("verifying", DownloadColumn()) as bar:
         task = bar.add_task("", total=None)
         problems = verify(

@@ -8,7 +8,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +19,7 @@ from selfalign.disk import write_whole
 from selfalign.errors import UserError
 from selfalign.names import encode_name, printable
 from selfalign.records import parse_json
+from selfalign.weights import listed
 
 ABSENT = -1
 """The size of a file that is gone."""
@@ -47,11 +48,22 @@ class Contents(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def digest(self, order: Sequence[int], settings: str) -> str:
         """A fingerprint of the files and of settings of how they are read."""
-        digest = hashlib.sha256(settings.encode())
-        for index in order:
-            line = f"{self.names[index]}\0{self.labels[index]}\0{self.sizes[index]}\n"
-            digest.update(encode_name(line))
-        return digest.hexdigest()[:16]
+        return fingerprint_files(
+            (self.names[index] for index in order),
+            (self.labels[index] for index in order),
+            (self.sizes[index] for index in order),
+            settings,
+        )
+
+
+def fingerprint_files(
+    names: Iterable[str], labels: Iterable[int], sizes: Iterable[int], settings: str = ""
+) -> str:
+    """A fingerprint of files in their order: of names, labels and sizes, and of settings."""
+    digest = hashlib.sha256(settings.encode())
+    for name, label, size in zip(names, labels, sizes, strict=True):
+        digest.update(encode_name(f"{name}\0{label}\0{size}\n"))
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,11 @@ def describe_changes(old: Contents, new: Contents) -> str:
         if size != after.get(name, ABSENT) and ABSENT not in (size, after.get(name, ABSENT))
     ]
     kinds = {"gone": gone, "new": added, "of another size": changed}
-    said = [f"{_listed(names)} {what}" for what, names in kinds.items() if names]
+    said = [
+        f"{printable(listed(names, SHOWN))} {'is' if len(names) == 1 else 'are'} {what}"
+        for what, names in kinds.items()
+        if names
+    ]
     if old.class_names != new.class_names:
         said.append(
             f"{len(new.class_names)} classes instead of {len(old.class_names)}, or other names"
@@ -115,9 +131,3 @@ def read_contents(path: Path) -> Contents:
         return msgspec.convert(parse_json(content), Contents)
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(map(printable, names[:SHOWN]))
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return f"{shown}{more} {'is' if len(names) == 1 else 'are'}"

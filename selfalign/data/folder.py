@@ -5,6 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,7 +18,7 @@ from selfalign.data.contents import ABSENT, Contents, Recorded
 from selfalign.data.images import UnreadableImageError, read_image
 from selfalign.data.listing import list_classes
 from selfalign.data.source import DataSource
-from selfalign.data.splits import split_by_hash
+from selfalign.data.splits import order_by_hash, split_in_order
 from selfalign.errors import UserError
 from selfalign.names import printable
 from selfalign.sections import DataConfig
@@ -71,7 +72,7 @@ class FolderSplit:
         return torch.stack(images).float() / 127.5 - 1, torch.tensor(labels)
 
     def _read_or_next(self, index: int) -> tuple[Tensor, int]:
-        for candidate in (*range(index, len(self)), *range(index)):
+        for candidate in chain(range(index, len(self)), range(index)):
             if candidate in self.absent:
                 continue
             path, label = self.files[candidate]
@@ -117,8 +118,9 @@ def open_folder(config: DataConfig, recorded: Recorded | None = None) -> DataSou
     settings = f"{config.image_size}\n"
     if config.background != "white":
         settings += f"{config.background}\n"
-    train, heldout = split_by_hash(contents.names, HELDOUT_SHARE, contents.labels)
-    former = split_by_hash(contents.names, HELDOUT_SHARE)
+    order = order_by_hash(contents.names)
+    train, heldout = split_in_order(order, HELDOUT_SHARE, contents.labels)
+    former = split_in_order(order, HELDOUT_SHARE)
     fingerprint = contents.digest([*former[1], *former[0]], settings)
     if (train, heldout) != former:
         if recorded is not None and recorded.fingerprint == fingerprint:

@@ -85,6 +85,7 @@ def list_files(
     folder: str = "",
     suffixes: Collection[str] = IMAGE_SUFFIXES,
     deep: bool = True,
+    only_first: bool = False,
 ) -> Listing:
     """The files below a folder whose names end in one of these ways.
 
@@ -93,6 +94,7 @@ def list_files(
         folder: name of the folder in it; empty for all of it.
         suffixes: in lower case, with their dots.
         deep: visit the folders in it.
+        only_first: stop at the first file that is meant, to tell whether there is any.
 
     Raises:
         UserError: a folder cannot be read.
@@ -137,6 +139,8 @@ def list_files(
                 found.unusable[relative] = f"of a format that is not read ({suffix})"
             else:
                 found.files.append(FoundFile(path, relative, status.st_size))
+                if only_first:
+                    return found
     found.files.sort(key=lambda file: file.name.split("/"))
     for name in called_images:
         if not any(file.name.startswith(name + "/") for file in found.files):

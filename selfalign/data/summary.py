@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from selfalign.weights import listed
+
 SHOWN = 5
 """How many names or kinds a line lists at most."""
 
@@ -43,15 +45,11 @@ class Summary:
         found = [said]
         if self.untrained:
             found.append(
-                f"warning: no training image of the classes {_listed(self.untrained)}: a model learns "
+                f"warning: no training image of the classes {listed(self.untrained, SHOWN)}: a model learns "
                 "nothing of them"
             )
         if self.left_out:
             kinds = sorted(self.left_out.items(), key=lambda item: (-item[1], item[0]))
-            found.append(f"left out: {_listed([f'{count:,} {kind}' for kind, count in kinds])}")
+            counted = [f"{count:,} {kind}" for kind, count in kinds]
+            found.append(f"left out: {listed(counted, SHOWN)}")
         return found
-
-
-def _listed(names: list[str] | tuple[str, ...]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")

@@ -76,6 +76,23 @@ class TrainedClassifier:
     heldout_accuracy: float
 
 
+def require_classes(source: DataSource, name: str) -> None:
+    """Refuse a data set that has no classes to tell apart.
+
+    Args:
+        source: the data set.
+        name: what it is called.
+
+    Raises:
+        UserError: it has fewer than two.
+    """
+    if source.num_classes < 2:
+        raise UserError(
+            f"features classifier needs a data set with two classes or more, {name} has "
+            f"{source.num_classes}; allowed are inception, dinov2 and timm:NAME"
+        )
+
+
 def get_classifier(source: DataSource, name: str) -> TrainedClassifier:
     """The data set's classifier, from the cache or trained now. A function of the data alone.
 
@@ -86,11 +103,7 @@ def get_classifier(source: DataSource, name: str) -> TrainedClassifier:
     Raises:
         UserError: the data set has no classes to tell apart.
     """
-    if source.num_classes < 2:
-        raise UserError(
-            f"--features classifier needs a data set with two classes or more, {name} has "
-            f"{source.num_classes}; allowed are inception, dinov2 and timm:NAME"
-        )
+    require_classes(source, name)
     classifier = Classifier(
         source.channels,
         min(source.image_size),

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -21,13 +20,9 @@ from selfalign.evaluation.config import EvaluationConfig, Progress
 from selfalign.evaluation.inputs import ImageSet, open_images
 from selfalign.evaluation.places import existing, require_writable
 from selfalign.processes import together
+from selfalign.records import write_json
 from selfalign.runs.load import LoadedRun, sampling_record
-from selfalign.sampling.generate import (
-    Labels,
-    check_sampling,
-    generate,
-    to_uint8,
-)
+from selfalign.sampling.generate import Labels, check_sampling, generate, to_uint8
 from selfalign.sampling.settings import SamplingConfig
 
 SHARD = 256
@@ -89,7 +84,8 @@ def plan_samples(
         channels, height, width = run.decode(latent).shape[1:]
     folder = samples_folder(run, config.weights, sampling, config.labels)
     num = config.num or RUN_SAMPLES
-    if _kept(folder / "samples.npz") < num:
+    kept = _kept(folder / "samples.npz")
+    if kept < num:
         try:
             require_writable(folder)
         except UserError:
@@ -97,8 +93,9 @@ def plan_samples(
                 raise
             folder = config.out / folder.name
             require_writable(folder)
+            kept = _kept(folder / "samples.npz")
         size = channels * height * width + 8  # and a label
-        missing = num - _kept(folder / "samples.npz")
+        missing = num - kept
         # Shards and what they are joined to lie side by side for a moment.
         needed, free = size * (num + missing), shutil.disk_usage(existing(folder)).free
         if missing > 0 and needed > free:
@@ -179,8 +176,7 @@ def make_samples(
                 if accelerator.is_main_process:
                     whole = [file] if done else []
                     _join(whole + names, file)
-                    text = json.dumps(planned.settings, indent=2) + "\n"
-                    write_whole(folder / "sampling.json", lambda path: path.write_text(text))
+                    write_json(folder / "sampling.json", planned.settings)
                     shutil.rmtree(shards)
     return open_images(file).first(num)
 

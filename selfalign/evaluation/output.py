@@ -1,15 +1,14 @@
 """Where an evaluation writes: refused before any work, and written whole."""
 
-import json
 import os
 from pathlib import Path
 
-from selfalign.disk import write_whole
 from selfalign.errors import UserError
 from selfalign.evaluation.generation import PlannedSamples
 from selfalign.evaluation.places import require_writable
 from selfalign.evaluation.report import Evaluation
 from selfalign.evaluation.setup import Setup
+from selfalign.records import write_json
 
 
 def report_folder(setup: Setup) -> Path:
@@ -49,5 +48,4 @@ def write_evaluation(evaluation: Evaluation) -> None:
     Raises:
         UserError: the disk is full or not writable.
     """
-    text = json.dumps(evaluation.as_json(), indent=2, allow_nan=False) + "\n"
-    write_whole(evaluation.folder / "evaluation.json", lambda path: path.write_text(text))
+    write_json(evaluation.folder / "evaluation.json", evaluation.as_json())

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from selfalign.evaluation.metrics.denoising import PAIRS
 from selfalign.evaluation.metrics.kid import SUBSET_SIZE, SUBSETS
 from selfalign.evaluation.metrics.precision_recall import NEIGHBOURS
 from selfalign.evaluation.setup import Setup
+from selfalign.records import read_json
 
 PUBLISHED_SAMPLES = 50_000
 SAMPLING_BYTES = 2**20
@@ -36,17 +36,11 @@ def how_made(setup: Setup) -> dict[str, Any] | None:
 
 def _read_sampling(file: Path) -> dict[str, Any]:
     try:
-        if file.stat().st_size > SAMPLING_BYTES:
-            raise ValueError(f"it has more than {SAMPLING_BYTES:,} bytes")
-        record = json.loads(file.read_bytes())
-        if not isinstance(record, dict):
-            raise ValueError("it is no table of settings")
-        json.dumps(record, allow_nan=False)  # as the report will hold it
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json(file, dict[str, Any], limit=SAMPLING_BYTES)
+    except UserError as error:
         raise UserError(
-            f"{file}, which says how the samples were made, cannot be read ({error}): repair or remove it"
+            f"{error}; it says how the samples were made: repair or remove it"
         ) from error
-    return record
 
 
 def settings(evidence: Evidence, made: dict[str, Any] | None) -> dict[str, Any]:

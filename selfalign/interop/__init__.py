@@ -1,1 +1,1 @@
-"""What crosses the border of the package: released checkpoints in, other formats out."""
+"""What crosses the border of the package: released checkpoints in."""

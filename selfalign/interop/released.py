@@ -41,19 +41,19 @@ SOURCES_WITHOUT_SIGMA: tuple[Source, ...] = ("sit", "repa", "sra", "dit")
 """Whose checkpoints look alike without learned sigma, projectors and heads."""
 
 DIFFUSION_STEPS = 1000
+LABELS = "y_embedder.embedding_table.weight"
+LAST_LAYER = ("final_layer.linear.weight", "final_layer.linear.bias")
 RANKS = {
     "x_embedder.proj.weight": (2, 4),
     "pos_embed": (3,),
     "t_embedder.mlp.0.weight": (2,),
-    "y_embedder.embedding_table.weight": (2,),
+    LABELS: (2,),
     "blocks.0.attn.qkv.weight": (2,),
-    "final_layer.linear.weight": (2,),
+    LAST_LAYER[0]: (2,),
 }
 """The tensors that dimensions are read from, and how many axes they may have."""
-LABELS = "y_embedder.embedding_table.weight"
 COMMON_CLASSES = (10, 100, 1000)
 """Of well-known data sets: a table of labels with so many rows has perhaps no null class."""
-LAST_LAYER = ("final_layer.linear.weight", "final_layer.linear.bias")
 
 
 class DiT(nn.Module):
@@ -276,7 +276,7 @@ def recognise(weights: Weights) -> tuple[Source, ...]:
                 f"{tuple(weights[name].shape)}, allowed are {' or '.join(map(str, ranks))} axes"
             )
     embedder = weights["x_embedder.proj.weight"]
-    learned_sigma = len(weights["final_layer.linear.weight"]) == 2 * embedder[0].numel()
+    learned_sigma = len(weights[LAST_LAYER[0]]) == 2 * embedder[0].numel()
     if embedder.ndim == 2:
         return ("self-flow",)
     if any(name.startswith("projectors.") for name in weights):
@@ -302,7 +302,7 @@ def infer_dimensions(weights: Weights, heads: int | None = None) -> Dimensions:
     rows = math.isqrt(num_tokens)
     if rows**2 != num_tokens:
         raise UserError(f"pos_embed has {num_tokens} tokens: allowed are square images")
-    outputs, position = len(weights["final_layer.linear.weight"]), patch_size**2
+    outputs, position = len(weights[LAST_LAYER[0]]), patch_size**2
     if outputs not in (position * channels, 2 * position * channels):
         raise UserError(
             f"final_layer.linear.weight has {outputs} rows: allowed are {position * channels}, or "
@@ -328,7 +328,7 @@ def infer_dimensions(weights: Weights, heads: int | None = None) -> Dimensions:
         hidden_size=hidden_size,
         depth=len(blocks),
         heads=heads,
-        num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1,
+        num_classes=len(weights[LABELS]) - 1,
         qk_norm=q_norm is not None,
         projection_head="ap_head.linear1.weight" in weights,
         out_channels=outputs // position,

@@ -1,7 +1,6 @@
 """A run's folder: what config.json holds, and who may write."""
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import selfalign
 from selfalign.config import RunConfig, config_from_dict, config_to_dict
 from selfalign.data.contents import Recorded, read_contents, write_contents
 from selfalign.data.source import DataSource
-from selfalign.disk import LOCK, is_left_over, locked, sweep
+from selfalign.disk import LOCK, is_left_over, locked, remove, sweep
 from selfalign.errors import UserError
 from selfalign.processes import together
 from selfalign.records import read_json, write_json
@@ -125,10 +124,7 @@ def missing_folders(folder: Path) -> list[Path]:
 def empty(folder: Path) -> None:
     """Remove what is in the folder of a run that has not made a step."""
     for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        remove(path)
 
 
 def remove_empty(folders: list[Path]) -> None:

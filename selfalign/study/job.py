@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import json
 import os
 import platform
 import signal
@@ -20,6 +19,7 @@ from accelerate import Accelerator
 import selfalign
 from selfalign.backbones import find_tap
 from selfalign.benchmark.cost import step_cost
+from selfalign.config import config_to_dict
 from selfalign.data.datasets import open_data
 from selfalign.disk import locked, write_arrays, write_whole
 from selfalign.errors import UserError
@@ -188,7 +188,7 @@ def _measure(job: Job, folder: Path, measurement: Measurement) -> RunResult:
         seed=job.seed,
         train_fraction=job.train_fraction,
         folder=f"{RUNS}/{job.name}",
-        config=json.loads((folder / "config.json").read_text())["config"],
+        config=config_to_dict(run.config),
         parameters=cost.parameters,
         flops_per_step=cost.flops,
         seconds_per_step=statistics.median(seconds),

@@ -1,7 +1,6 @@
 """Runs the jobs of a study: in processes of this machine, or on a cluster through submitit."""
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -14,10 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
-from selfalign.disk import write_whole
 from selfalign.errors import UserError
+from selfalign.records import read_json, write_json
 from selfalign.study.job import mark_failed, run_job
-from selfalign.study.parsing import checked, read_json
 from selfalign.study.plan import Job, read_study
 from selfalign.study.results import FAILED_SUFFIX, RESULT_FILE, RUNS, read_result
 from selfalign.study.settings import LaunchConfig
@@ -265,11 +263,7 @@ class ClusterLauncher:
         if cluster == "slurm" and config.partition:
             self._executor.update_parameters(slurm_partition=config.partition)
         self._record = self._logs / "submitted.json"
-        known = (
-            checked(read_json(self._record), dict[str, str], self._record)
-            if self._record.is_file()
-            else {}
-        )
+        known = read_json(self._record, dict[str, str]) if self._record.is_file() else {}
         job_class = submitit.SlurmJob if cluster == "slurm" else submitit.LocalJob
         self._jobs: dict[str, Any] = {
             name: job_class(folder=self._logs, job_id=id_) for name, id_ in known.items()
@@ -282,7 +276,7 @@ class ClusterLauncher:
         submitted = self._executor.submit(ClusterJob(self.folder, job.name))
         self._jobs[job.name] = submitted
         ids = {name: entry.job_id for name, entry in self._jobs.items()}
-        write_whole(self._record, lambda path: path.write_text(json.dumps(ids, indent=1) + "\n"))
+        write_json(self._record, ids)
 
     def running(self) -> set[str]:
         """See `Launcher.running`."""

@@ -1,12 +1,11 @@
-"""The border: what files hold becomes a checked type, or one line that names file and field."""
+"""What files of a study hold becomes a checked type, in which no unknown field is passed over."""
 
-import json
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
 from selfalign.errors import UserError
+from selfalign.records import convert
 
 T = TypeVar("T")
 
@@ -23,16 +22,15 @@ def checked(values: object, kind: type[T], where: object) -> T:
         UserError: a field is missing, unknown, or of another type.
     """
     try:
-        found = msgspec.convert(values, kind)
-        if unknown := _unknown(values, msgspec.to_builtins(found), ""):
-            raise UserError(f"{where}: there is no field {unknown!r}")
-    except msgspec.ValidationError as error:
-        raise UserError(f"{where}: {str(error).replace('$.', '').replace('`', '')}") from None
+        found = convert(values, kind, where)
+        unknown = _unknown(values, msgspec.to_builtins(found), "")
     except UserError as error:
         line = str(error)
         raise UserError(line if line.startswith(str(where)) else f"{where}: {line}") from None
     except RecursionError:
         raise UserError(f"{where}: nested too deeply") from None
+    if unknown:
+        raise UserError(f"{where}: there is no field {unknown!r}")
     return found
 
 
@@ -49,15 +47,3 @@ def _unknown(given: object, known: object, place: str) -> str:
             if found := _unknown(value, other, f"{place}{index}."):
                 return found
     return ""
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        UserError: it cannot be read, or is no JSON.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from None

@@ -14,8 +14,9 @@ from selfalign.config import RunConfig, resolve
 from selfalign.disk import write_whole
 from selfalign.errors import UserError
 from selfalign.recipes import recipe
+from selfalign.records import read_plain
 from selfalign.study.grid import Grid, grid_from_dict
-from selfalign.study.parsing import checked, read_json
+from selfalign.study.parsing import checked
 from selfalign.study.settings import Measurement
 
 STUDY_FILE = "study.json"
@@ -121,6 +122,7 @@ class Study:
         import torch
 
         from selfalign.data.datasets import open_data
+        from selfalign.evaluation.classifier import require_classes
         from selfalign.evaluation.features import feature_network
         from selfalign.evaluation.setup import default_features
         from selfalign.sampling.generate import check_sampling
@@ -141,12 +143,9 @@ class Study:
                     sampling, dropout = self.measurement.sampling, config.views.class_dropout
                     check_sampling(model, sampling, dropout, None)
                     features = self.measurement.features or default_features(config.data)
-                    if features == "classifier" and source.num_classes < 2:
-                        raise UserError(
-                            f"measurement.features classifier needs two classes or more, "
-                            f"{config.data.name} has {source.num_classes}"
-                        )
-                    if features != "classifier" and (features, config.data.name) not in networks:
+                    if features == "classifier":
+                        require_classes(source, config.data.name)
+                    elif (features, config.data.name) not in networks:
                         feature_network(features, source, config.data.name)
                         networks.add((features, config.data.name))
                 except UserError as error:
@@ -210,7 +209,7 @@ def read_study(folder: Path) -> Study:
     path = folder / STUDY_FILE
     if not path.is_file():
         raise UserError(f"{str(folder)!r} is not a study: it holds no {STUDY_FILE}")
-    return study_from_dict(read_json(path), path)
+    return study_from_dict(read_plain(path, finite=False), path)
 
 
 def study_from_dict(record: Any, where: object) -> Study:

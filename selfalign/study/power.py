@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 
 from selfalign.errors import UserError
+from selfalign.records import convert, read_plain
 from selfalign.study.estimates import Layout
 from selfalign.study.grid import Grid
-from selfalign.study.parsing import read_json
 from selfalign.study.plan import Registration
 from selfalign.study.results import METRICS
 from selfalign.study.verdicts import (
@@ -68,10 +68,7 @@ def read_pilot(folder: Path) -> Pilot:
             f"--like is {str(folder)!r}: must be a study's folder with a report.json; "
             "`selfalign study report` writes it"
         )
-    try:
-        numbers = msgspec.convert(read_json(path), _Numbers, strict=False)
-    except msgspec.ValidationError as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+    numbers = convert(read_plain(path, finite=False), _Numbers, f"{path} cannot be read")
     layouts: dict[str, dict[Any, float]] = {}
     for variant, metrics in numbers.means.items():
         for metric, mean in metrics.items():

@@ -11,8 +11,9 @@ import numpy as np
 
 from selfalign.disk import write_whole
 from selfalign.errors import UserError
+from selfalign.records import read_plain
 from selfalign.study.estimates import Array, PairErrors
-from selfalign.study.parsing import checked, read_json
+from selfalign.study.parsing import checked
 from selfalign.study.plan import Study, read_study
 
 ERRORS_FILE = "heldout_errors.npz"
@@ -129,7 +130,9 @@ def write_result(folder: Path, result: RunResult) -> None:
 def read_result(folder: Path) -> RunResult | None:
     """A run's result, or None while there is none."""
     path = folder / RESULT_FILE
-    return checked(read_json(path), RunResult, path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    return checked(read_plain(path, finite=False), RunResult, path)  # one that diverged holds NaN
 
 
 @dataclass(frozen=True)

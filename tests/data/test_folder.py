@@ -3,6 +3,7 @@
 import errno
 import gzip
 import shutil
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from selfalign.data.contents import Recorded, describe_changes, read_contents, w
 from selfalign.data.datasets import open_data
 from selfalign.data.images import centre_crop
 from selfalign.data.latents.sources import open_source
-from selfalign.data.splits import split_by_hash
+from selfalign.data.splits import order_by_hash, split_in_order
 from selfalign.data.stream import training_batches
 from selfalign.sections import DataConfig
 
@@ -340,10 +341,12 @@ class TestRareClasses:
     def test_where_none_is_rare_the_split_is_that_of_version_0_1_0(self):
         names = [f"{label}/{number}.png" for label in "ab" for number in range(50)]
         labels = [0] * 50 + [1] * 50
-        assert split_by_hash(names, 0.1, labels) == split_by_hash(names, 0.1)
+        order = order_by_hash(names)
+        assert split_in_order(order, 0.1, labels) == split_in_order(order, 0.1)
 
     def test_one_is_held_out_even_where_all_are_rare(self):
-        train, heldout = split_by_hash(["a/1", "b/1", "c/1"], 0.1, [0, 1, 2])
+        order = order_by_hash(["a/1", "b/1", "c/1"])
+        train, heldout = split_in_order(order, 0.1, [0, 1, 2])
         assert len(train) == 2 and len(heldout) == 1
 
     def test_a_run_of_version_0_1_0_keeps_its_split(self, tmp_path):
@@ -399,6 +402,20 @@ class TestUnreadable:
         split = open_folder(tmp_path).train
         place = files_of(split).index(path)
         assert str(path) in one_line_error(lambda: split.read([place]))
+
+    def test_reading_one_takes_no_list_of_all(self, tmp_path):
+        path = save(tmp_path / "0.png")
+
+        class Many(Sequence):
+            def __len__(self):
+                return 10**12
+
+            def __getitem__(self, index):
+                return path, index % 7
+
+        images, labels = folder.FolderSplit(Many(), 8).read([5, 10**12 - 1])
+        assert images.shape == (2, 3, 8, 8)
+        assert labels.tolist() == [5, (10**12 - 1) % 7]
 
     def test_a_machine_that_fails_is_no_reason_to_leave_an_image_out(self, tmp_path, monkeypatch):
         fill(tmp_path, ("cat",), 4)

@@ -422,6 +422,19 @@ def test_a_disk_that_fills_up_loses_nothing(class_folder: Path, tmp_path: Path, 
     assert verify(out) == {}
 
 
+def test_a_disk_that_is_too_small_for_the_autoencoder(
+    class_folder: Path, tmp_path: Path, autoencoder: Path
+):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        with pytest.raises(UserError, match=r"autoencoder cannot be written: .*File too large"):
+            prepare(str(class_folder), tmp_path / "out", PrepareConfig(16, str(autoencoder)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "out").exists()
+
+
 # Verification
 
 
@@ -439,6 +452,9 @@ def prepared(class_folder: Path, tmp_path: Path, autoencoder: Path, small_shards
         ("shard-00003.bin", "cut", "is truncated: it holds"),
         ("shard-00006.bin", "remove", "is missing"),
         ("shard-00001.bin", "extend", "is too long"),
+        ("shard-00002.xxh3", "flip", "shard-00002.bin is intact and has other checksums"),
+        ("shard-00004.xxh3", "cut", "is truncated: it holds"),
+        ("shard-00005.xxh3", "remove", "is missing"),
         ("index.npy", "flip", "is damaged"),
         ("index.npy", "remove", "cannot be read: No such file"),
         ("autoencoder/diffusion_pytorch_model.safetensors", "flip", "weights differ"),
@@ -478,6 +494,22 @@ def test_verify_what_is_not_there(tmp_path: Path):
 
 
 # The command
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--verify", "x", "--help"], ["a", "b", "--dtype", "x"]]
+)
+def test_help_and_refusals_need_no_torch(words: list[str]):
+    script = (
+        "import sys; from selfalign.cli import main\n"
+        f"try: code = main(['prepare', *{words}])\n"
+        "except SystemExit as end: code = end.code\n"
+        "print(code, sorted({'torch', 'numpy', 'PIL'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
+    assert done.stderr.endswith(f"{0 if '--help' in words else 2} []\n"), done.stdout + done.stderr
 
 
 def test_command(class_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -48,6 +49,17 @@ def test_class_folder_with_equal_and_strange_names(tmp_path: Path):
         random_image(seed).save(tmp_path / folder / name)
     source = open_source(str(tmp_path))
     assert_holds(source, [2, 1, 0], [0, 1, 1], ("dogs", "猫"))
+
+
+def test_a_large_folder_is_listed_once(class_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    for number in range(30):
+        shutil.copytree(class_folder / "cats", class_folder / f"{number}")
+    scanned: list[str] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: scanned.append(str(path)) or scandir(path))
+    assert len(open_source(str(class_folder)).names) == 32 * 20
+    twice = {path for path in scanned if scanned.count(path) > 1} - {str(class_folder)}
+    assert len(twice) <= 1
 
 
 def test_names_that_are_not_utf8(tmp_path: Path):

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from selfalign import build_student, make_generator, recipe, resolve
+from selfalign.cli import main
 from selfalign.data.datasets import open_data
+from selfalign.evaluation import generation
 from selfalign.runs.folder import write_config
 from selfalign.training.checkpoint import CheckpointState, save_checkpoint
 
@@ -41,3 +43,16 @@ def run_folder(tmp_path: Path) -> Path:
     optimizer = torch.optim.AdamW(models[0].parameters())
     save_checkpoint(folder / "checkpoints", *models, optimizer, CheckpointState(1), keep=1)
     return folder
+
+
+@pytest.fixture
+def evaluated(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[str], Path]:
+    """A command that evaluates the run in three shards and was run once, and where its samples are."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generation, "SHARD", 16)
+    words = ["evaluate", "run", "--num", "40", "--steps", "1", "--metrics", "fd"]
+    assert main(words) == 0
+    (kept,) = (run_folder / "evaluation").iterdir()
+    return words, kept

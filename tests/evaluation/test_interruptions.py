@@ -10,18 +10,13 @@ from pathlib import Path
 import pytest
 
 from selfalign.cli import main
-from selfalign.evaluation import generation
 
 
 def test_what_was_written_when_interrupted_is_whole(
-    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluated: tuple[list[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At every write of the command in turn; afterwards the same command gives the same report."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(generation, "SHARD", 16)
-    words = ["evaluate", "run", "--num", "40", "--steps", "1", "--metrics", "fd"]
-    assert main(words) == 0
-    (kept,) = Path("run/evaluation").iterdir()
+    words, kept = evaluated
     expected = (kept / "evaluation.json").read_bytes()
     replace, calls = Path.replace, [0]
     for moment in range(7):

@@ -14,7 +14,7 @@ import pytest
 from selfalign import UserError
 from selfalign.cli import main
 from selfalign.data.datasets import open_data
-from selfalign.evaluation import classifier, generation, places
+from selfalign.evaluation import classifier, places
 from selfalign.evaluation.fitting import _other_data
 from selfalign.evaluation.reference import open_reference
 from selfalign.sampling.generate import to_uint8
@@ -163,7 +163,7 @@ def test_settings(refused: Callable[..., str], words: list[str], message: str) -
 def test_a_damaged_sampling_json(refused: Callable[..., str], content: bytes) -> None:
     Path("sampling.json").write_bytes(content)
     said = refused("samples.npz", "--reference", "digits", "--metrics", "fd")
-    assert "sampling.json, which says how the samples were made, cannot be read" in said
+    assert "sampling.json cannot be read: " in said and "says how the samples were made" in said
 
 
 def test_the_report_is_not_put_among_images(refused: Callable[..., str]) -> None:
@@ -233,11 +233,9 @@ class TestRuns:
         assert "MB are free: allowed are a smaller --num" in said
 
     def test_damaged_samples_of_its_own(
-        self, run_folder: Path, refused: Callable[..., str]
+        self, evaluated: tuple[list[str], Path], refused: Callable[..., str]
     ) -> None:
-        words = ["evaluate", "run", "--num", "30", "--steps", "1", "--metrics", "fd"]
-        assert main(words) == 0
-        (kept,) = Path("run/evaluation").iterdir()
+        words, kept = evaluated
         whole = (kept / "samples.npz").read_bytes()
         (kept / "samples.npz").write_bytes(whole[:1000] + b"?" + whole[1001:])
         assert "they are made again once" in refused(*words[1:])
@@ -246,14 +244,8 @@ class TestRuns:
         assert main(words) == 0
         assert json.loads((kept / "evaluation.json").read_text())["metrics"] == first
 
-    def test_a_damaged_shard_is_made_again(
-        self, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(generation, "SHARD", 16)
-        words = ["evaluate", "run", "--num", "40", "--steps", "1", "--metrics", "fd"]
-        assert main(words) == 0
-        (kept,) = Path("run/evaluation").iterdir()
+    def test_a_damaged_shard_is_made_again(self, evaluated: tuple[list[str], Path]) -> None:
+        words, kept = evaluated
         whole = (kept / "samples.npz").read_bytes()
         (kept / "samples.npz").unlink()
         (kept / "shards").mkdir()
@@ -262,13 +254,11 @@ class TestRuns:
         assert (kept / "samples.npz").read_bytes() == whole
 
     def test_another_process_making_the_same_samples(
-        self, run_folder: Path, refused: Callable[..., str]
+        self, evaluated: tuple[list[str], Path], refused: Callable[..., str]
     ) -> None:
         from filelock import FileLock
 
-        words = ["evaluate", "run", "--num", "30", "--steps", "1", "--metrics", "fd"]
-        assert main(words) == 0
-        (kept,) = Path("run/evaluation").iterdir()
+        words, kept = evaluated
         (kept / "samples.npz").unlink()
         (kept / "shards").mkdir()
         with FileLock(kept / "shards" / ".lock"):

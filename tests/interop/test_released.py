@@ -388,6 +388,21 @@ def test_an_empty_average_falls_back(tmp_path: Path) -> None:
     assert read_weights(path).keys() == plain_weights().keys()
 
 
+def test_the_example_of_the_docs_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network(channels=4, hidden_size=384, heads=6, num_classes=20)
+    weights = model.state_dict() | projectors().state_dict(prefix="projectors.")
+    torch.save({"ema": weights}, tmp_path / "repa-last.pt")
+    docs = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    example = docs.partition("```python\nimport torch\n")[2].partition("vae = ")[0]
+    assert "repa-last.pt" in example and "diffusers" in example
+    lines = [line for line in example.splitlines() if "diffusers" not in line]
+    monkeypatch.chdir(tmp_path)
+    made: dict[str, Any] = {}
+    exec("\n".join(lines).replace("250", "3"), made)
+    assert made["samples"].images.shape == (16, 4, 8, 8)
+    assert made["samples"].images.isfinite().all()
+
+
 def test_what_scripts_keep_beside_weights_is_read(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     arguments = argparse.Namespace(results=Path("out") / "run", seed=np.int64(3), lr=np.float32(1))

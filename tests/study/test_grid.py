@@ -113,72 +113,53 @@ def _effect(contrasts: str, more: str = "") -> str:
 
 
 @pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("variants: {a: {recipe: nothing}}", "a.yaml, variant 'a': recipe is 'nothing': al"),
+        ("variants: {a: {recipe: sra, setings: {}}}", "variant 'a': .*no field 'setings'"),
+        ("variants: {a: {recipe: sra, settings: [1]}}", "variant 'a': settings: Expected"),
+        ("variants: {a: {recipe: [1]}}", "variant 'a': recipe: Expected `str`"),
+        ("variants: {a: sra}", "variant 'a': Expected `object`"),
+        ("variants: [a]", "is not a grid: variants"),
+        ("variants: [", "is not a grid"),
+        ("[" * 3000, "is not a grid"),
+        ("variants: &x {a: *x}", "is not a grid: RecursionError"),
+        ("\x00\x01", "is not a grid"),
+        ("nothing", "is not a grid"),
+        ("", "is not a grid"),
+        ("- a", "is not a grid"),
+        ("tables: []", "is not a grid.*variants"),
+        ("variants: {}", "no variants"),
+        ("variants: {a: {recipe: sra, settings: {views.colour: 1}}}", "views.colour"),
+        ("variants: {a: {recipe: sra, settings: {training.steps: x}}}", "'a': training.s"),
+        (ONE + "tables: [{title: T, rows: [c]}]", "there is no variant 'c'; there are a, b"),
+        (ONE + "tables: 5", "tables: Expected `array`, got `str`"),
+        (ONE + "baseline: [a]", "a.yaml: baseline: Expected"),
+        (ONE + "colour: red", "no field 'colour'"),
+        (ONE + "tables: [{title: T, rows: [{variant: a, paper: {FID: x}}]}]", "Expected `float`"),
+        (ONE + "tables: [{title: T, rows: []}, {title: T, rows: []}]", "'T' stands twice"),
+        (_effect("[a]"), r"effects\[.*\].contrasts.*: Expected"),
+        (_effect("[[a]]"), "length 2, got 1"),
+        (_effect("[[a, b, a]]"), "length 2, got 3"),
+        (_effect("[]"), "has no contrasts"),
+        (_effect("[[a, a]]"), "compares 'a' with itself"),
+        (_effect("[[a, c]]"), "no variant 'c'"),
+        (_effect("[[a, b]]", ", half_of: f"), "half_of is 'f'"),
+        (_effect("[[a, b]]", ", question: r"), "'question' stands twice"),
+        (_effect("[[a, b]]", ', claim: "\\ud800"'), "holds the characters"),
+        (ONE + "variants: {}", "'variants' stands twice"),
+        ("variants:\n  a: {recipe: sit}\n  a: {recipe: sra}", "'a' stands twice .*line 2"),
+        ("variants: {a: {recipe: !!python/name:os.system }}", "tags are not allowed"),
+        ("variants: {? [a] : {recipe: sit}}", "a key is no word"),
+    ],
+)
+def test_wrong_yaml_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    _require_one_line(tmp_path / "a.yaml", text, said)
+
+
+@pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        (
-            "a.yaml",
-            "variants: {a: {recipe: nothing}}",
-            "a.yaml, variant 'a': recipe is 'nothing': al",
-        ),
-        (
-            "a.yaml",
-            "variants: {a: {recipe: sra, setings: {}}}",
-            "variant 'a': .*no field 'setings'",
-        ),
-        ("a.yaml", "variants: {a: {recipe: sra, settings: [1]}}", "variant 'a': .*at settings"),
-        ("a.yaml", "variants: {a: {recipe: [1]}}", "variant 'a': Expected str.* at recipe"),
-        ("a.yaml", "variants: {a: sra}", "variant 'a': Expected object"),
-        ("a.yaml", "variants: [a]", "is not a grid: variants"),
-        ("a.yaml", "variants: [", "is not a grid"),
-        ("a.yaml", "[" * 3000, "is not a grid"),
-        ("a.yaml", "variants: &x {a: *x}", "is not a grid: RecursionError"),
-        ("a.yaml", "\x00\x01", "is not a grid"),
-        ("a.yaml", "nothing", "is not a grid"),
-        ("a.yaml", "", "is not a grid"),
-        ("a.yaml", "- a", "is not a grid"),
-        ("a.yaml", "tables: []", "is not a grid.*variants"),
-        ("a.yaml", "variants: {}", "no variants"),
-        ("a.yaml", "variants: {a: {recipe: sra, settings: {views.colour: 1}}}", "views.colour"),
-        (
-            "a.yaml",
-            "variants: {a: {recipe: sra, settings: {training.steps: x}}}",
-            "'a': training.s",
-        ),
-        (
-            "a.yaml",
-            ONE + "tables: [{title: T, rows: [c]}]",
-            "there is no variant 'c'; there are a, b",
-        ),
-        ("a.yaml", ONE + "tables: 5", "Expected array, got str - at tables"),
-        ("a.yaml", ONE + "baseline: [a]", "at baseline"),
-        ("a.yaml", ONE + "colour: red", "no field 'colour'"),
-        (
-            "a.yaml",
-            ONE + "tables: [{title: T, rows: [{variant: a, paper: {FID: x}}]}]",
-            "Expected float",
-        ),
-        (
-            "a.yaml",
-            ONE + "tables: [{title: T, rows: []}, {title: T, rows: []}]",
-            "'T' stands twice",
-        ),
-        ("a.yaml", _effect("[a]"), "at effects.0..contrasts"),
-        ("a.yaml", _effect("[[a]]"), "length 2, got 1"),
-        ("a.yaml", _effect("[[a, b, a]]"), "length 2, got 3"),
-        ("a.yaml", _effect("[]"), "has no contrasts"),
-        ("a.yaml", _effect("[[a, a]]"), "compares 'a' with itself"),
-        ("a.yaml", _effect("[[a, c]]"), "no variant 'c'"),
-        ("a.yaml", _effect("[[a, b]]", ", half_of: f"), "half_of is 'f'"),
-        ("a.yaml", _effect("[[a, b]]", ", question: r"), "'question' stands twice"),
-        ("a.yaml", _effect("[[a, b]]", ', claim: "\\ud800"'), "holds the characters"),
-        ("a.yaml", ONE + "variants: {}", "'variants' stands twice"),
-        (
-            "a.yaml",
-            "variants:\n  a: {recipe: sit}\n  a: {recipe: sra}",
-            "'a' stands twice .*line 2",
-        ),
-        ("a.yaml", "variants: {a: {recipe: !!python/name:os.system }}", "tags are not allowed"),
-        ("a.yaml", "variants: {? [a] : {recipe: sit}}", "a key is no word"),
         ("a.py", "1/0", "cannot be run: ZeroDivisionError"),
         ("a.py", "import sys; sys.exit(0)", "cannot be run: SystemExit"),
         ("a.py", "def", "cannot be run: SyntaxError"),
@@ -187,11 +168,15 @@ def _effect(contrasts: str, more: str = "") -> str:
         ("a.txt", "", "neither a .py nor a .yaml"),
     ],
 )
-def test_wrong_files_are_one_line(tmp_path: Path, name: str, text: str, said: str) -> None:
-    (tmp_path / name).write_text(text)
+def test_other_wrong_files_are_one_line(tmp_path: Path, name: str, text: str, said: str) -> None:
+    _require_one_line(tmp_path / name, text, said)
+
+
+def _require_one_line(file: Path, text: str, said: str) -> None:
+    file.write_text(text)
     with pytest.raises(UserError, match=said) as caught:
-        load_grid(tmp_path / name)
-    assert "\n" not in str(caught.value) and str(tmp_path / name) in str(caught.value)
+        load_grid(file)
+    assert "\n" not in str(caught.value) and str(file) in str(caught.value)
 
 
 @pytest.mark.parametrize(

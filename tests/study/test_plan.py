@@ -73,7 +73,7 @@ def test_used_folders_are_refused(tmp_path: Path) -> None:
         (lambda record: "[" * 100_000, "cannot be read"),
         (lambda record: "\udcff", "cannot be read"),
         (lambda record: [1], "describes no study"),
-        (lambda record: record | {"seeds": ["0"]}, "Expected int, got str - at seeds"),
+        (lambda record: record | {"seeds": ["0"]}, r"seeds\[.*\]: Expected `int`, got `str`"),
         (lambda record: record | {"seeds": []}, r"seeds is \(\)"),
         (lambda record: record | {"colour": 1}, "no field 'colour'"),
         (lambda record: record | {"measurement": {"num": 40, "nums": 3}}, "'measurement.nums'"),

@@ -10,17 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from study.synthetic import GRID, SETTINGS, write_synthetic_study
+from study.synthetic import EFFECT, GRID, SETTINGS, write_synthetic_study
 
 from selfalign.cli.console import parse
 from selfalign.cli.train import TrainArguments
 from selfalign.errors import UserError
 from selfalign.recipes import recipe
+from selfalign.study.estimates import Estimate
 from selfalign.study.grid import Effect, Grid, Row, Table, Variant
 from selfalign.study.paper import PAPER, QUESTION
 from selfalign.study.plan import Study, write_study
 from selfalign.study.report import write_report
+from selfalign.study.report.figures import forest_plot
+from selfalign.study.report.page import _bar
 from selfalign.study.report.provenance import study_command, train_command
+from selfalign.study.verdicts import EffectEstimate
 
 WIDTHS = (390, 1280)
 
@@ -239,6 +243,13 @@ class TestFiles:
         assert numbers["answers"].keys() == {effect.title for effect in GRID.effects}
 
 
+@pytest.mark.parametrize(("margin", "shaded"), [(0.01, True), (-0.01, False), (None, False)])
+def test_only_a_margin_is_shaded(margin, shaded):
+    """Half of a gain that is none is no margin."""
+    estimate = EffectEstimate(EFFECT, "heldout_loss", Estimate({0: 0.1}), margin=margin)
+    assert ("var(--band" in forest_plot([_bar(estimate, "a")], "lower", "a")) == shaded
+
+
 class TestOtherStudies:
     def test_of_one_seed_nothing_done(self, tmp_path):
         write_synthetic_study(tmp_path / "s", seeds=(0,), keep=lambda variant, seed: False)
@@ -322,7 +333,7 @@ class TestOtherStudies:
         ("text", "said"),
         [
             ("{", "cannot be read"),
-            ("[]", "Expected object"),
+            ("[]", "Expected `object`"),
             ('{"variant": 3}', "variant|missing"),
             ("\udcff", "cannot be read"),
         ],

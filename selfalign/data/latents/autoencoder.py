@@ -1,8 +1,6 @@
 """The VAE between images and latents: any AutoencoderKL of diffusers, which is imported only here."""
 
 import hashlib
-import os
-import shutil
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, UInt8
+from safetensors import SafetensorError
 from torch import Tensor
 
-from selfalign.disk import publish
+from selfalign.disk import write_whole
 from selfalign.errors import UserError
+from selfalign.weights import read_safetensors
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -60,19 +60,16 @@ def store_autoencoder(autoencoder: "AutoencoderKL", folder: Path) -> None:
     """Write a copy, whole or not at all.
 
     Raises:
-        OSError: the disk does not take it.
+        UserError: the disk does not take it.
     """
-    from safetensors import SafetensorError
 
-    partial = folder.with_name(f".{os.getpid()}.partial.{folder.name}")
-    try:
-        autoencoder.save_pretrained(partial)
-        publish(partial, folder)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, SafetensorError):
+    def write(partial: Path) -> None:
+        try:
+            autoencoder.save_pretrained(partial)
+        except SafetensorError as error:  # a full disk, for one
             raise OSError(str(error)) from error
-        raise
+
+    write_whole(folder, write)
 
 
 def scale_and_shift(autoencoder: "AutoencoderKL") -> tuple[float, float]:
@@ -106,13 +103,7 @@ def stored_weights_sha256(folder: Path) -> str:
     Raises:
         UserError: its weights are missing or unreadable.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return weights_sha256(load_file(folder / WEIGHTS).items())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+    return weights_sha256(read_safetensors(folder / WEIGHTS).items())
 
 
 class Decoder:

@@ -25,8 +25,8 @@ from selfalign.data.latents.store import (
 )
 from selfalign.data.latents.workers import write_shards
 from selfalign.data.listing import ignored
-from selfalign.data.splits import split_by_hash
-from selfalign.disk import locked, reason, sweep, write_whole
+from selfalign.data.splits import order_by_hash, split_in_order
+from selfalign.disk import LOCK, locked, reason, remove, sweep, write_whole
 from selfalign.errors import UserError
 from selfalign.records import read_json, write_json
 
@@ -119,10 +119,10 @@ def _nothing_half_begun(out: Path, existed: bool) -> Iterator[None]:
     except BaseException:
         if not begun and not any(out.glob("shard-*.json")):
             if existed:
-                for name in (PLAN, AUTOENCODER, ".lock"):
-                    _remove(out / name)
+                for name in (PLAN, AUTOENCODER, LOCK):
+                    remove(out / name)
             else:
-                shutil.rmtree(out, ignore_errors=True)
+                remove(out)
         raise
 
 
@@ -133,7 +133,7 @@ def _begin(root: Path, layout: Layout, autoencoder: "AutoencoderKL | None") -> N
     sweep(root)
     for former in ("shard-*.bin.part", "shard-*.json.part", f"{AUTOENCODER}.part"):
         for partial in root.glob(former):  # what version 0.1.0 left when it was killed
-            _remove(partial)
+            remove(partial)
     if not (root / PLAN).exists():
         write_json(root / PLAN, layout)
     finished = (shard.stat().st_size for shard in root.glob("shard-*.bin"))
@@ -159,7 +159,8 @@ def _finish(root: Path, source: Source, layout: Layout, shards: Sequence[Shard])
     index = np.zeros((len(kept), 2), np.int32)
     index[:, 0] = source.labels[kept]
     names, labels = [source.names[i] for i in kept], index[:, 0].tolist()
-    index[split_by_hash(names, HELDOUT_SHARE, labels)[1], 1] = 1
+    _, heldout = split_in_order(order_by_hash(names), HELDOUT_SHARE, labels)
+    index[heldout, 1] = 1
     write_whole(root / INDEX, lambda path: _save(path, index))
     manifest = Manifest(
         layout,
@@ -182,11 +183,4 @@ def _save(path: Path, array: np.ndarray) -> None:
 def _clean(root: Path) -> None:
     """Remove what only an unfinished set needs."""
     for path in (root / PLAN, *root.glob("shard-*.json")):
-        path.unlink(missing_ok=True)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
         path.unlink(missing_ok=True)

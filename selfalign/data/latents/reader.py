@@ -46,7 +46,7 @@ class Records:
     def __init__(self, root: Path, manifest: Manifest) -> None:
         self.root, self.layout = root, manifest.layout
         self.shards = manifest.shards
-        self.has_checksums = manifest.record_checksums is not None
+        self.has_checksums = manifest.has_checksums
         self.ends = np.cumsum([shard.records for shard in manifest.shards])
         self._files: dict[int, BinaryIO] = {}
         self._checksums: dict[int, memoryview] = {}
@@ -178,7 +178,8 @@ def open_latents(config: DataConfig) -> DataSource:
     layout = manifest.layout
     if not manifest.records:
         raise UserError(f"{str(root)!r} holds no images")
-    for file, problem in check_sizes(root, manifest).items():
+    problems = check_sizes(root, layout, manifest.shards, manifest.has_checksums)
+    for file, problem in problems.items():
         raise UserError(f"{root / file} {problem}")
     if config.flip and layout.kind == "moments" and layout.shape[0] == 1:
         raise UserError(

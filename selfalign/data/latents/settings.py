@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from selfalign.errors import UserError
-from selfalign.sections import check_colour
+from selfalign.sections import MAX_SIDE, check_colour
+from selfalign.settings import Settings
 
-LARGEST_SIDE = 2**14
+MAX_PROCESSES = 2**10
 
 
 @dataclass(frozen=True)
-class PrepareConfig:
+class PrepareConfig(Settings):
     """How images are prepared."""
 
     image_size: int = 256
@@ -33,16 +33,13 @@ class PrepareConfig:
     processes: int = 1
     """Processes that decode and encode; GPUs are shared out among them."""
 
-    def __post_init__(self) -> None:
-        for name, highest in (("image_size", LARGEST_SIDE), ("processes", 1024)):
-            if not 1 <= getattr(self, name) <= highest:
-                raise UserError(
-                    f"{name} is {getattr(self, name)}: allowed is a number from 1 to {highest:,}"
-                )
-        if self.dtype not in ("float16", "float32"):
-            raise UserError(f"dtype is {self.dtype!r}: allowed are float16, float32")
-        if self.flip and self.vae == "none":
-            raise UserError(
-                "flip is True with vae none: allowed is False, as pixels are mirrored when read"
-            )
+    def check(self) -> None:
+        """Limits of the numbers, and what goes together."""
+        self.require_number("image_size", 1, MAX_SIDE, f"a number from 1 to {MAX_SIDE:,}")
+        self.require_number("processes", 1, MAX_PROCESSES, f"a number from 1 to {MAX_PROCESSES:,}")
+        self.require(
+            not self.flip or self.vae != "none",
+            "flip",
+            "allowed with vae none is False, as pixels are mirrored when they are read",
+        )
         check_colour("background", self.background)

@@ -15,7 +15,7 @@ posterior's means, then its standard deviations; a second view is the mirrored i
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -118,6 +118,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: int = FORMAT
 
     @property
+    def has_checksums(self) -> bool:
+        """Whether there are checksums of records beside the shards."""
+        return self.record_checksums is not None
+
+    @property
     def records(self) -> int:
         """Images in the set."""
         return sum(shard.records for shard in self.shards)
@@ -151,13 +156,22 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_sizes(root: Path, manifest: Manifest) -> dict[str, str]:
-    """What is wrong with the shards, by file, as far as their sizes tell."""
-    layout = manifest.layout
-    expected = {shard.file: shard.records * layout.record_bytes for shard in manifest.shards}
-    if manifest.record_checksums:
-        per_record = layout.shape[0] * CHECKSUM_BYTES
-        expected |= {shard.checksums: shard.records * per_record for shard in manifest.shards}
+def check_sizes(
+    root: Path, layout: Layout, shards: Iterable[Shard], checksums: bool
+) -> dict[str, str]:
+    """What is wrong with shards, by file, as far as their sizes tell.
+
+    Args:
+        root: folder of the set.
+        layout: what the set holds.
+        shards: which.
+        checksums: whether there are checksums of records beside them.
+    """
+    expected = {}
+    for shard in shards:
+        expected[shard.file] = shard.records * layout.record_bytes
+        if checksums:
+            expected[shard.checksums] = shard.records * layout.shape[0] * CHECKSUM_BYTES
     problems = {}
     for file, size in expected.items():
         path = root / file

@@ -1,6 +1,10 @@
 """Read everything that is stored, and compare it with the manifest."""
 
+import hashlib
 from pathlib import Path
+
+import numpy as np
+import xxhash
 
 from selfalign.data.latents.autoencoder import stored_weights_sha256
 from selfalign.data.latents.store import (
@@ -8,7 +12,6 @@ from selfalign.data.latents.store import (
     INDEX,
     Progress,
     check_sizes,
-    file_sha256,
     read_manifest,
 )
 from selfalign.errors import UserError
@@ -18,6 +21,8 @@ from selfalign.names import printable
 def verify(root: Path, progress: Progress = lambda done, total: None) -> dict[str, str]:
     """What is wrong with a stored set, by file; empty for an intact one.
 
+    Each shard is read once, for its own checksum and those of its records.
+
     Args:
         root: a finished set.
         progress: called with bytes read and bytes in all.
@@ -26,17 +31,22 @@ def verify(root: Path, progress: Progress = lambda done, total: None) -> dict[st
         UserError: there is no readable manifest.
     """
     manifest = read_manifest(root)
-    problems = check_sizes(root, manifest)
-    checksums = {INDEX: manifest.index_sha256}
-    checksums |= {shard.file: shard.sha256 for shard in manifest.shards}
-    total = manifest.records * manifest.layout.record_bytes
-    done = 0
-    for file, expected in checksums.items():
+    layout, has_checksums = manifest.layout, manifest.has_checksums
+    problems = check_sizes(root, layout, manifest.shards, has_checksums)
+    files = [(INDEX, manifest.index_sha256, "")]
+    for shard in manifest.shards:
+        intact = has_checksums and shard.checksums not in problems
+        files.append((shard.file, shard.sha256, shard.checksums if intact else ""))
+    total, done = manifest.records * layout.record_bytes, 0
+    for file, sha256, checksums in files:
         if file in problems:
             continue
         try:
-            if file_sha256(root / file) != expected:
+            found, found_checksums = _hash(root / file, layout.record_bytes // layout.shape[0])
+            if found != sha256:
                 problems[file] = "is damaged: its checksum differs from the manifest's"
+            elif checksums and np.fromfile(root / checksums, "<u8").tolist() != found_checksums:
+                problems[checksums] = f"is damaged: {file} is intact and has other checksums"
             done += (root / file).stat().st_size
         except OSError as error:
             problems[file] = f"cannot be read: {printable(error.strerror or str(error))}"
@@ -49,3 +59,13 @@ def verify(root: Path, progress: Progress = lambda done, total: None) -> dict[st
         except UserError as error:
             problems[AUTOENCODER] = str(error)
     return problems
+
+
+def _hash(path: Path, view_bytes: int) -> tuple[str, list[int]]:
+    """SHA-256 of a file, and the checksum of each view in it."""
+    digest, checksums = hashlib.sha256(), []
+    with path.open("rb") as file:
+        while view := file.read(view_bytes):
+            digest.update(view)
+            checksums.append(xxhash.xxh3_64_intdigest(view))
+    return digest.hexdigest(), checksums

@@ -24,7 +24,7 @@ from selfalign.data.latents import autoencoder as vae
 from selfalign.data.latents.moments import read_moments
 from selfalign.data.latents.settings import PrepareConfig
 from selfalign.data.latents.sources import Source
-from selfalign.data.latents.store import AUTOENCODER, CHECKSUM_BYTES, Layout, Progress, Shard
+from selfalign.data.latents.store import AUTOENCODER, Layout, Progress, Shard, check_sizes
 from selfalign.disk import write_whole
 from selfalign.errors import UserError
 from selfalign.records import read_json, write_json
@@ -253,12 +253,4 @@ def finished_shard(root: Path, number: int, layout: Layout) -> Shard | None:
     if not record.exists():
         return None
     shard = read_json(record, Shard)
-    sizes = {
-        shard.file: shard.records * layout.record_bytes,
-        shard.checksums: shard.records * layout.shape[0] * CHECKSUM_BYTES,
-    }
-    whole = all(
-        (root / file).is_file() and (root / file).stat().st_size == size
-        for file, size in sizes.items()
-    )
-    return shard if whole else None
+    return None if check_sizes(root, layout, [shard], checksums=True) else shard

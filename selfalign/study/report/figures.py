@@ -52,8 +52,8 @@ class Bar:
     """Name of a variable in the style sheet: helps, hurts, equal or unsure."""
     note: str = ""
     """What stands at the end of its row."""
-    margin: float | None = None
-    """Below which a difference counts as none."""
+    margin: float = 0.0
+    """Below which a difference counts as none; 0 where there is no such margin."""
 
 
 def _ends(estimate: Estimate) -> tuple[float, float]:
@@ -141,7 +141,7 @@ def forest_plot(bars: Sequence[Bar], better: str, title: str) -> str:
         for row, bar in enumerate(bars):
             low, high = _ends(bar.difference)
             values += [low, high]
-            if bar.margin is not None:
+            if bar.margin:
                 values += [bar.margin, -bar.margin]
                 axis.fill_betweenx(
                     [row - 0.02, row + 0.44],

@@ -12,9 +12,9 @@ import jinja2
 import selfalign
 from selfalign.disk import write_whole
 from selfalign.errors import UserError
+from selfalign.records import read_plain
 from selfalign.study.grid import Effect, Row, Table
 from selfalign.study.paper import GRIDS, QUESTION
-from selfalign.study.parsing import read_json
 from selfalign.study.plan import Study
 from selfalign.study.profiles import PROFILES
 from selfalign.study.report import numbers, pictures, provenance
@@ -80,7 +80,7 @@ def write_report(folder: Path) -> Path:
     results = read_results(folder)
     numbers_file = folder / NUMBERS_FILE
     if not results.done and not (folder / RUNS).exists() and numbers_file.exists():
-        done = read_json(numbers_file).get("runs", {}).get("done", [])
+        done = read_plain(numbers_file, finite=False).get("runs", {}).get("done", [])
         raise UserError(
             f"{folder} holds the numbers of {len(done)} runs and none of the runs: a report made here "
             "would be empty; make it where the runs are"
@@ -186,15 +186,16 @@ def _facts(results: StudyResults) -> list[tuple[str, str]]:
     ]
 
 
-_KINDS = {"helps": "helps", "hurts": "hurts", "equal": "equal"}
-"""Findings that have a colour."""
+_COLOURED = ("helps", "hurts", "equal")
+"""Findings that have a colour, of their own name."""
 
 
 def _bar(estimate: EffectEstimate, label: str) -> Bar:
     assert estimate.difference is not None
     note = f"{numbers.signed(estimate.difference.mean, 2)}, {estimate.verdict or estimate.finding}"
-    kind = _KINDS.get(estimate.finding, "unsure")
-    return Bar(label, estimate.difference, kind, note, estimate.margin)
+    kind = estimate.finding if estimate.finding in _COLOURED else "unsure"
+    margin = max(0.0, estimate.margin or 0.0)  # half of a gain that is none is no margin
+    return Bar(label, estimate.difference, kind, note, margin)
 
 
 def _forests(analysis: Analysis) -> list[Figure]:

@@ -4,9 +4,9 @@
 """
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
-from selfalign.data.images import IMAGE_SUFFIXES
 from selfalign.data.latents.settings import PrepareConfig
 from selfalign.data.latents.sources.folders import open_classes, open_listed
 from selfalign.data.latents.sources.source import Source
@@ -18,6 +18,8 @@ from selfalign.errors import UserError
 from selfalign.names import printable
 
 __all__ = ["Source", "open_source"]
+
+TAR = frozenset([".tar"])
 
 
 def open_source(source: str, config: PrepareConfig | None = None) -> Source:
@@ -68,7 +70,7 @@ def _open(source: str, config: PrepareConfig) -> Source:
 
 def _open_path(path: Path, config: PrepareConfig) -> Source:
     if path.is_file():
-        if path.suffix == ".tar":
+        if path.suffix in TAR:
             return open_tars([path], config)
         if path.suffix in TABLE_SUFFIXES:
             return open_table(path, [path], config)
@@ -82,14 +84,9 @@ def _open_path(path: Path, config: PrepareConfig) -> Source:
         return open_listed(path, config.skip_unreadable)
     if (path / "dataset_dict.json").is_file() and (path / "train" / "state.json").is_file():
         return _open_path(path / "train", config)  # as `hub:` does where no split is named
-    listing = list_files(path, suffixes={*IMAGE_SUFFIXES, *TABLE_SUFFIXES, ".tar"})
-    found = {Path(file.name).suffix.lower() for file in listing.files}
-    if not found & IMAGE_SUFFIXES and found:
-        suffixes = TABLE_SUFFIXES if found & TABLE_SUFFIXES else {".tar"}
-        files = [file for file in listing.files if Path(file.name).suffix.lower() in suffixes]
-        require_one_split((file.name for file in files), path)
-        paths = [Path(file.path) for file in files]
-        if ".tar" in suffixes:
-            return open_tars(paths, config)
-        return open_table(path, paths, config)
+    if not list_files(path, only_first=True).files:
+        for suffixes, open_files in ((TABLE_SUFFIXES, partial(open_table, path)), (TAR, open_tars)):
+            if files := list_files(path, suffixes=suffixes).files:
+                require_one_split((file.name for file in files), path)
+                return open_files([Path(file.path) for file in files], config)
     return open_classes(path, config.skip_unreadable)

@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from selfalign.arrays import read_npy
+from selfalign.data.contents import fingerprint_files
 from selfalign.data.images import open_image
-from selfalign.data.latents.sources.source import Source, fingerprint_files, numbered_classes
+from selfalign.data.latents.sources.source import Source, numbered_classes
 from selfalign.data.listing import Listing, list_classes, list_files
 from selfalign.errors import UserError
 from selfalign.names import printable

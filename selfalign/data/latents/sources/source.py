@@ -1,7 +1,7 @@
 """What every source of images is to `prepare`."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +9,6 @@ import numpy as np
 
 from selfalign.data.latents.store import LARGEST_CLASSES
 from selfalign.errors import UserError
-from selfalign.names import encode_name
 
 FINGERPRINT_IMAGES = 64
 """How many images go into the fingerprint of a source that has no files to name."""
@@ -49,14 +48,6 @@ def numbered_classes(labels: np.ndarray, where: object) -> tuple[str, ...]:
             f"{where} has labels from {low} to {high}: allowed are 0 to {LARGEST_CLASSES - 1:,}"
         )
     return tuple(str(label) for label in range(high + 1))
-
-
-def fingerprint_files(names: Iterable[str], labels: Iterable[int], sizes: Iterable[int]) -> str:
-    """For sources of files: their names, labels and sizes."""
-    digest = hashlib.sha256()
-    for name, label, size in zip(names, labels, sizes, strict=True):
-        digest.update(encode_name(f"{name}\0{label}\0{size}\n"))
-    return digest.hexdigest()[:16]
 
 
 def fingerprint_sample(labels: np.ndarray, content: Callable[[int], bytes]) -> str:

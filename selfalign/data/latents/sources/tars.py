@@ -12,9 +12,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
+from selfalign.data.contents import fingerprint_files
 from selfalign.data.images import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES, open_image
 from selfalign.data.latents.settings import PrepareConfig
-from selfalign.data.latents.sources.source import Source, fingerprint_files, numbered_classes
+from selfalign.data.latents.sources.source import Source, numbered_classes
 from selfalign.data.listing import ignored
 from selfalign.errors import UserError
 from selfalign.names import printable

@@ -2,10 +2,12 @@
 
 import copy
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from reading import chromium
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # what is not on the machine is missing, at once
@@ -54,3 +56,16 @@ def forget_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         parts.names(kind)  # the package's own parts stay
     for name in ("_registered", "_aliases", "_plugins"):
         monkeypatch.setattr(parts, name, copy.deepcopy(getattr(parts, name)))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    """Headless Chromium."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with api.sync_playwright() as playwright:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = playwright.chromium.launch(
+            executable_path=chromium(playwright), args=options, timeout=120_000
+        )
+        yield browser
+        browser.close()

@@ -192,8 +192,8 @@ def _power(arguments: Sequence[str]) -> int:
     )
     if parsed.seeds < 2:
         raise UserError(f"--seeds is {parsed.seeds}: allowed is a number from 2")
+    from selfalign.pages.numbers import number, share
     from selfalign.study.power import power, read_pilot
-    from selfalign.study.report.numbers import number, share
     from selfalign.study.results import DISTANCES, METRICS
     from selfalign.study.verdicts import register
 

@@ -15,6 +15,19 @@ class Estimate:
     value: float
     standard_error: float
 
+    @property
+    def mean(self) -> float:
+        """The value, by the name that charts know."""
+        return self.value
+
+    def half_width(self) -> float:
+        """Half of the width of the 95 % interval."""
+        return 1.96 * self.standard_error
+
+    def interval(self) -> tuple[float, float]:
+        """Ends of the 95 % interval."""
+        return self.value - self.half_width(), self.value + self.half_width()
+
 
 def from_share(share: float, count: int) -> Estimate:
     """A share of `count` images. Its standard error is what a bootstrap over them tends to."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from selfalign.config import ResolvedConfig
 from selfalign.errors import UserError
-from selfalign.inspect.svg import drawing, to_svg
+from selfalign.pages.svg import drawing, to_svg
 from selfalign.randomness import make_generator
 from selfalign.sampling.generate import to_uint8
 from selfalign.targets.ema import EMATarget

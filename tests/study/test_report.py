@@ -10,45 +10,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from reading import (
+    WIDTHS,
+    assert_fits,
+    assert_outline,
+    assert_pictures,
+    opened,
+    smallest_text,
+)
 from study.synthetic import EFFECT, GRID, SETTINGS, write_synthetic_study
 
 from selfalign.cli.console import parse
 from selfalign.cli.train import TrainArguments
 from selfalign.errors import UserError
+from selfalign.pages.figures import forest_plot
 from selfalign.recipes import recipe
 from selfalign.study.estimates import Estimate
 from selfalign.study.grid import Effect, Grid, Row, Table, Variant
 from selfalign.study.paper import PAPER, QUESTION
 from selfalign.study.plan import Study, write_study
 from selfalign.study.report import write_report
-from selfalign.study.report.figures import forest_plot
 from selfalign.study.report.page import _bar
 from selfalign.study.report.provenance import study_command, train_command
 from selfalign.study.verdicts import EffectEstimate
-
-WIDTHS = (390, 1280)
-
-
-def _chromium(playwright) -> str:
-    """Playwright's own browser, or the system's."""
-    own = Path(playwright.chromium.executable_path)
-    found = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
-    if not own.is_file() and found is None:
-        pytest.skip("no chromium: neither playwright's own, nor chromium or google-chrome on PATH")
-    return str(own) if own.is_file() else str(found)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    """Headless Chromium."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with api.sync_playwright() as playwright:
-        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = playwright.chromium.launch(
-            executable_path=_chromium(playwright), args=options, timeout=120_000
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -66,39 +50,18 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(browser, report: Path) -> Iterator[object]:
     """The report, opened, and what went wrong and over the network while it was."""
-    page = browser.new_page(viewport={"width": WIDTHS[-1], "height": 900})
-    page.errors, page.requests = [], []
-    page.on("console", lambda message: page.errors.append(message.text))
-    page.on("pageerror", lambda error: page.errors.append(str(error)))
-    page.on("request", lambda request: page.requests.append(request.url))
-    page.goto(report.as_uri())
-    yield page
-    page.close()
+    with opened(browser, report) as page:
+        yield page
 
 
 class TestInABrowser:
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     @pytest.mark.parametrize("width", WIDTHS)
     def test_nothing_overflows(self, page, width, scheme):
-        page.set_viewport_size({"width": width, "height": 900})
-        page.emulate_media(color_scheme=scheme)
-        for tab in page.locator("[role=tab]").all():
-            tab.click()
-            widest = page.evaluate("document.documentElement.scrollWidth")
-            assert widest <= width, f"wider than the window with {tab.inner_text()} open"
-        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert (background == "rgb(253, 253, 251)") == (scheme == "light")
+        assert_fits(page, width, scheme)
 
     def test_text_is_large_enough_on_a_phone(self, page):
-        page.set_viewport_size({"width": 390, "height": 900})
-        smallest = page.evaluate(
-            "Math.min(...[...document.querySelectorAll('main *')].filter(e => e.checkVisibility() &&"
-            " [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())).map(e => {"
-            " const svg = e.closest('svg'), size = parseFloat(getComputedStyle(e).fontSize);"
-            " return svg ? size * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width"
-            " : size; }))"
-        )
-        assert smallest >= 9.5
+        assert smallest_text(page) >= 9.5
 
     def test_text_in_charts_keeps_apart(self, page):
         """Labels in a forest plot lie beside each other, and within their chart."""
@@ -117,19 +80,7 @@ class TestInABrowser:
             assert all(t[1] >= top - 2 and t[3] <= bottom + 2 for t in texts)
 
     def test_every_image_is_there_and_described(self, page):
-        images = page.evaluate(
-            "[...document.images].map(i => [i.naturalWidth, i.alt])"
-            ".concat([...document.querySelectorAll('svg[role=img]')].map(s => [1,"
-            " s.getAttribute('aria-label')]))"
-        )
-        assert len(images) > 6
-        assert all(width > 0 and description for width, description in images)
-        # Pictures within the diagrams have no naturalWidth: each is decoded on its own.
-        assert page.evaluate(
-            "Promise.all([...document.querySelectorAll('svg image')].map(async (i) => {"
-            " const copy = new Image(); copy.src = i.href.baseVal; await copy.decode();"
-            " return copy.naturalWidth > 0; })).then(all => all.length > 8 && all.every(Boolean))"
-        )
+        assert_pictures(page, images=6, within_charts=8)
 
     def test_sorting_sorts(self, page):
         table = page.locator("table.sortable", has=page.get_by_text("Methods")).first
@@ -180,11 +131,7 @@ class TestInABrowser:
         assert tabs.nth(0).get_attribute("tabindex") == "-1"
 
     def test_headings_are_in_order(self, page):
-        levels = page.evaluate(
-            "[...document.querySelectorAll('h1, h2, h3, h4')].map(h => Number(h.tagName[1]))"
-        )
-        assert levels[0] == 1 and levels.count(1) == 1
-        assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+        assert_outline(page)
 
     def test_answers_and_failures_are_told(self, page):
         text = " ".join(page.inner_text("main").split())

@@ -7,18 +7,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 import selfalign
 from selfalign.disk import write_whole
 from selfalign.errors import UserError
+from selfalign.pages import numbers
+from selfalign.pages.figures import (
+    Bar,
+    Chart,
+    Series,
+    forest_plot,
+    line_chart,
+    timestep_chart,
+)
+from selfalign.pages.render import render
 from selfalign.records import read_plain
 from selfalign.study.grid import Effect, Row, Table
 from selfalign.study.paper import GRIDS, QUESTION
 from selfalign.study.plan import Study
 from selfalign.study.profiles import PROFILES
-from selfalign.study.report import numbers, pictures, provenance
-from selfalign.study.report.figures import Bar, Series, forest_plot, line_chart, timestep_chart
+from selfalign.study.report import pictures, provenance
 from selfalign.study.results import METRICS, RUNS, StudyResults, read_results
 from selfalign.study.statistics import Analysis, analyse
 from selfalign.study.verdicts import EffectEstimate
@@ -28,21 +35,12 @@ NUMBERS_FILE = "report.json"
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A chart and what stands around it."""
-
-    title: str
-    svg: str
-    caption: str = ""
-
-
-@dataclass(frozen=True)
 class EffectPanel:
     """All that is shown of one effect."""
 
     effect: Effect
     estimates: Sequence[EffectEstimate]
-    by_timestep: Figure | None
+    by_timestep: Chart | None
 
     @property
     def title(self) -> str:
@@ -61,7 +59,7 @@ class CurvesPanel:
 
     title: str
     series: Sequence[Series]
-    figures: Sequence[Figure]
+    figures: Sequence[Chart]
 
 
 def write_report(folder: Path) -> Path:
@@ -86,7 +84,7 @@ def write_report(folder: Path) -> Path:
             "would be empty; make it where the runs are"
         )
     analysis = analyse(results)
-    page = _render(folder, results, analysis).encode(errors="backslashreplace")
+    page = _render(folder, results, analysis)
     content = _numbers(results, analysis)
     text = json.dumps(content, indent=1, default=lambda value: value.as_json()) + "\n"
     write_whole(numbers_file, lambda path: path.write_text(text))
@@ -115,16 +113,7 @@ def _numbers(results: StudyResults, analysis: Analysis) -> dict[str, Any]:
     }
 
 
-def _render(folder: Path, results: StudyResults, analysis: Analysis) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("selfalign.study.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    for name in ("number", "signed", "span", "share", "plus_minus", "p_value"):
-        environment.filters[name] = getattr(numbers, name)
+def _render(folder: Path, results: StudyResults, analysis: Analysis) -> bytes:
     study, grid = results.study, results.study.grid
     jobs = provenance.representatives(study)
     styles = {
@@ -132,7 +121,9 @@ def _render(folder: Path, results: StudyResults, analysis: Analysis) -> str:
     }
     full = [run for run in results.done if run.train_fraction == study.full_fraction]
     every = Table(f"All variants of {grid.name}", tuple(map(Row, grid.variants)))
-    return environment.get_template("report.html.j2").render(
+    return render(
+        "selfalign.study.report",
+        "report.html.j2",
         results=results,
         study=study,
         grid=grid,
@@ -198,7 +189,7 @@ def _bar(estimate: EffectEstimate, label: str) -> Bar:
     return Bar(label, estimate.difference, kind, note, margin)
 
 
-def _forests(analysis: Analysis) -> list[Figure]:
+def _forests(analysis: Analysis) -> list[Chart]:
     forests = []
     for metric in analysis.headline:
         found = [e for e in analysis.effects if e.metric == metric and e.difference]
@@ -207,7 +198,7 @@ def _forests(analysis: Analysis) -> list[Figure]:
             told = "; ".join(f"{bar.label} {numbers.plus_minus(bar.difference)}" for bar in bars)
             description = f"Effects on the {title}, with intervals: {told}"
             svg = forest_plot(bars, METRICS[metric].better, description)
-            forests.append(Figure(f"Effects on the {title}", svg, METRICS[metric].explanation))
+            forests.append(Chart(f"Effects on the {title}", svg, METRICS[metric].explanation))
     return forests
 
 
@@ -220,7 +211,7 @@ def _effects(analysis: Analysis, study: Study) -> list[EffectPanel]:
         caption = (
             "With minus without, in ten bins of the timestep; below zero is better. Exploratory."
         )
-        figure = Figure(title, timestep_chart(bars, title), caption) if bars else None
+        figure = Chart(title, timestep_chart(bars, title), caption) if bars else None
         estimates = [e for e in analysis.effects if e.effect == effect]
         panels.append(EffectPanel(effect, estimates, figure))
     return panels
@@ -234,7 +225,7 @@ def _curves(analysis: Analysis, study: Study, styles: Mapping[str, int]) -> list
     panels = []
     for title, members in groups.items():
         variants = [name for name in grid.variants if name in members or name == grid.baseline]
-        figures: list[Figure] = []
+        figures: list[Chart] = []
         shown: dict[str, Series] = {}
         for metric, curves in analysis.curves.items():
             lines = [
@@ -243,7 +234,7 @@ def _curves(analysis: Analysis, study: Study, styles: Mapping[str, int]) -> list
             if lines:
                 shown |= {line.name: line for line in lines}
                 label = METRICS[metric].title
-                figures.append(Figure(label, line_chart(lines, "step", label)))
+                figures.append(Chart(label, line_chart(lines, "step", label)))
         if figures:
             panels.append(CurvesPanel(title, list(shown.values()), figures))
     return panels
@@ -251,7 +242,7 @@ def _curves(analysis: Analysis, study: Study, styles: Mapping[str, int]) -> list
 
 def _efficiency(
     analysis: Analysis, study: Study, styles: Mapping[str, int]
-) -> list[tuple[str, Figure, list[Series]]]:
+) -> list[tuple[str, Chart, list[Series]]]:
     """By metric, the curves over shares of the training images."""
     found = []
     for metric, variants in analysis.efficiency.items():
@@ -259,7 +250,7 @@ def _efficiency(
         if lines:
             title, shares = METRICS[metric].title, sorted(study.train_fractions)
             svg = line_chart(lines, "share of the training images", title, shares)
-            found.append((metric, Figure(title, svg), lines))
+            found.append((metric, Chart(title, svg), lines))
     return found
 
 

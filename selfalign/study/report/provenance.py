@@ -2,42 +2,16 @@
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from selfalign.config import RunConfig, config_to_dict, override
+from selfalign.pages.settings import Settings, compare, flatten
 from selfalign.recipes import recipe
 from selfalign.study.paper import GRIDS
 from selfalign.study.plan import Job, Study
 from selfalign.study.profiles import PROFILES
 from selfalign.study.results import RunResult
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings of a study's runs, by dotted name."""
-
-    shared: Mapping[str, str]
-    different: Mapping[str, Mapping[str, str]]
-    """By variant, what is not the same in all of them."""
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "from the data"
-    if isinstance(value, list):
-        return " ".join(map(_shown, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def settings(jobs: Iterable[Job], runs: Iterable[RunResult]) -> Settings:
@@ -49,23 +23,13 @@ def settings(jobs: Iterable[Job], runs: Iterable[RunResult]) -> Settings:
     """
     resolved = {run.variant: run.config for run in runs}
     trees = {
-        job.variant: _flat(resolved.get(job.variant) or config_to_dict(job.config)) for job in jobs
+        job.variant: flatten(resolved.get(job.variant) or config_to_dict(job.config))
+        for job in jobs
     }
     for tree in trees.values():
         tree.pop("seed", None)
         tree.pop("data.train_fraction", None)
-    names = list(dict.fromkeys(name for tree in trees.values() for name in tree))
-    values = {
-        name: {variant: _shown(tree.get(name)) for variant, tree in trees.items()} for name in names
-    }
-    same = {name for name in names if len(set(values[name].values())) == 1}
-    return Settings(
-        shared={name: next(iter(values[name].values())) for name in names if name in same},
-        different={
-            variant: {name: values[name][variant] for name in names if name not in same}
-            for variant in trees
-        },
-    )
+    return compare(trees)
 
 
 def versions(runs: Iterable[RunResult]) -> dict[str, str]:
@@ -95,8 +59,8 @@ def _options(values: Mapping[str, Any]) -> list[str]:
 def train_command(study: Study, job: Job) -> str:
     """The command that repeats one run, whatever made it."""
     name = study.grid.variants[job.variant].recipe
-    base = _flat(config_to_dict(recipe(name)))
-    changed = {k: v for k, v in _flat(config_to_dict(job.config)).items() if v != base[k]}
+    base = flatten(config_to_dict(recipe(name)))
+    changed = {k: v for k, v in flatten(config_to_dict(job.config)).items() if v != base[k]}
     out = f"runs/{job.name}"
     return shlex.join(["selfalign", "train", name, "--out", out, *_options(changed)])
 
@@ -106,7 +70,7 @@ def study_command(study: Study) -> str:
     profile = PROFILES.get(study.profile)
     if profile is None or study.seeds != tuple(range(len(study.seeds))):
         return ""
-    base = _flat(config_to_dict(override(RunConfig(), profile.settings)))
+    base = flatten(config_to_dict(override(RunConfig(), profile.settings)))
     given = {
         name: list(value) if isinstance(value, tuple | list) else value
         for name, value in study.settings.items()
@@ -116,8 +80,8 @@ def study_command(study: Study) -> str:
     changed = {k: v for k, v in given.items() if k in always or v != base[k]}
     if study.train_fractions != (1.0,):
         changed["data.train_fraction"] = list(study.train_fractions)
-    usual = _flat(asdict(profile.measurement), "measurement.")
-    measured = _flat(asdict(study.measurement), "measurement.")
+    usual = flatten(asdict(profile.measurement), "measurement.")
+    measured = flatten(asdict(study.measurement), "measurement.")
     changed |= {name: value for name, value in measured.items() if value != usual[name]}
     grid = study.grid.name if study.grid.name in GRIDS else f"{study.grid.name}.yaml"
     fixed = ["--out", "OUT", "--profile", study.profile, "--seeds", str(len(study.seeds))]

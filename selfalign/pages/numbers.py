@@ -2,8 +2,25 @@
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
-from selfalign.study.estimates import Estimate
+
+class Measured(Protocol):
+    """A number with its uncertainty, as charts and tables show it."""
+
+    @property
+    def mean(self) -> float:
+        """The number."""
+        ...
+
+    def interval(self) -> tuple[float, float] | None:
+        """Ends of its 95 % interval; None where nothing shows a spread."""
+        ...
+
+    def half_width(self) -> float | None:
+        """Half of that interval's width."""
+        ...
+
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -39,7 +56,7 @@ def share(value: float, reference: float, sign: bool = False) -> str:
     return f"{signed(relative, 2) if sign else number(abs(relative), 2)} %"
 
 
-def plus_minus(mean: Estimate) -> str:
+def plus_minus(mean: Measured) -> str:
     """Mean ± half of the interval, with as many decimals as the interval bears."""
     half = mean.half_width()
     if half is None:

@@ -1,4 +1,4 @@
-"""The report's charts, drawn by matplotlib in the page's fonts and colours."""
+"""Charts of pages, drawn by matplotlib in the page's fonts and colours."""
 
 import textwrap
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from selfalign.inspect.svg import drawing, palette, to_svg
-from selfalign.study.estimates import Estimate
+from selfalign.pages.numbers import Measured
+from selfalign.pages.svg import drawing, palette, to_svg
 
 COLOURS = 8
 """Variables s0 to s7 of the style sheet; after them the same again, dashed."""
@@ -23,13 +23,22 @@ _ROW = 0.62
 
 
 @dataclass(frozen=True)
+class Chart:
+    """A chart and what stands around it."""
+
+    title: str
+    svg: str
+    caption: str = ""
+
+
+@dataclass(frozen=True)
 class Series:
     """A variant's line: the same colour and dashes in every chart."""
 
     name: str
     style: int
     """Its place among the variants."""
-    points: Sequence[tuple[float, Estimate]] = ()
+    points: Sequence[tuple[float, Measured]] = ()
 
     @property
     def colour(self) -> str:
@@ -47,7 +56,7 @@ class Bar:
     """A difference with its interval, in a forest plot or over t."""
 
     label: str
-    difference: Estimate
+    difference: Measured
     kind: str
     """Name of a variable in the style sheet: helps, hurts, equal or unsure."""
     note: str = ""
@@ -56,7 +65,7 @@ class Bar:
     """Below which a difference counts as none; 0 where there is no such margin."""
 
 
-def _ends(estimate: Estimate) -> tuple[float, float]:
+def _ends(estimate: Measured) -> tuple[float, float]:
     return estimate.interval() or (estimate.mean, estimate.mean)
 
 

@@ -1,0 +1,51 @@
+"""Settings side by side: what several runs share, and what sets them apart."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of several runs, by dotted name."""
+
+    shared: Mapping[str, str]
+    different: Mapping[str, Mapping[str, str]]
+    """By run, what is not the same in all of them."""
+
+
+def compare(trees: Mapping[str, Mapping[str, Any]]) -> Settings:
+    """What is the same in all trees, and what is not.
+
+    Args:
+        trees: flat ones by run, from `flatten`.
+    """
+    names = list(dict.fromkeys(name for tree in trees.values() for name in tree))
+    values = {name: {run: shown(tree.get(name)) for run, tree in trees.items()} for name in names}
+    same = {name for name in names if len(set(values[name].values())) == 1}
+    return Settings(
+        shared={name: next(iter(values[name].values())) for name in names if name in same},
+        different={
+            run: {name: values[name][run] for name in names if name not in same} for run in trees
+        },
+    )
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of dictionaries as one, by dotted name."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def shown(value: Any) -> str:
+    """A setting as people read it."""
+    if value is None:
+        return "from the data"
+    if isinstance(value, list):
+        return " ".join(map(shown, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -20,11 +20,11 @@ demo: $(INSTALLED)  ## train the paper's recipe on handwritten digits, sample an
 		--training.sample-every 550 --training.evaluate-every 275
 	$(BIN)/selfalign evaluate runs/demo --num 500 --solver heun --steps 15
 
-test: $(INSTALLED)  ## run the tests (about 5 minutes)
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## run the tests (about 5 minutes on two cores)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(INSTALLED)  ## run the slow tests too
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m ''
 
 lint: $(INSTALLED)  ## run the linters
 	$(BIN)/ruff check .

@@ -165,19 +165,18 @@ def test_a_run_whose_launcher_was_killed_stops_at_a_checkpoint(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(32, "gone"), OSError(28, "full")])
-def test_output_that_nobody_takes_ends_no_work(error: OSError) -> None:
+def test_output_that_nobody_takes_ends_no_work(
+    error: OSError, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Closed(io.StringIO):
         def write(self, text: str) -> int:
             raise error
 
-    before = console.file
-    console.file = Closed()
-    try:
-        console.print("a line that cannot be written")
-        console.print("and no second try")
-        assert console.quiet
-    finally:
-        console.file, console.quiet = before, False
+    monkeypatch.setattr(console, "_file", Closed())
+    monkeypatch.setattr(console, "quiet", False)
+    console.print("a line that cannot be written")
+    console.print("and no second try")
+    assert console.quiet
 
 
 @pytest.mark.parametrize(

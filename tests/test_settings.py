@@ -73,7 +73,7 @@ ALLOWED = [
     ("block", 0.3),
     ("block", "blocks.1.attn"),
     ("inner", Inner(share=0.1)),
-    ("anything", object()),
+    ("anything", Ellipsis),
 ]
 REFUSED = [
     ("number", "1", "a number"),

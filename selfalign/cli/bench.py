@@ -13,7 +13,6 @@ from selfalign.cli.console import console, parse
 from selfalign.cli.tree import options_of, restore
 from selfalign.config import ResolvedConfig, resolve
 from selfalign.errors import UserError
-from selfalign.processes import open_accelerator
 from selfalign.recipes import recipe
 from selfalign.sampling.settings import SamplingConfig
 
@@ -139,6 +138,7 @@ def _step(words: Sequence[str]) -> int:
     from selfalign.benchmark.cost import step_cost
     from selfalign.benchmark.limit import measure_limit
     from selfalign.benchmark.measure import time_step
+    from selfalign.processes import open_accelerator
 
     config = _config(parsed, parsed.batch_size, parsed.compile)
     timing = time_step(config, parsed.repetitions)
@@ -175,6 +175,7 @@ def _sample(words: Sequence[str]) -> int:
     from selfalign import ops
     from selfalign.benchmark.measure import peak_memory_mb
     from selfalign.benchmark.sampling import time_sampling
+    from selfalign.processes import open_accelerator
 
     config, sampling = _config(parsed, parsed.batch_size), restore(parsed.sampling, PAPERS_SAMPLING)
     device = open_accelerator().device

@@ -1,4 +1,7 @@
-"""What is looked at while a run goes on: held-out losses, sample grids, curves."""
+"""What is looked at while a run goes on: held-out losses, sample grids, curves.
+
+What draws is imported when something is drawn: matplotlib would delay the first step by half a second.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +14,6 @@ from selfalign.config import ResolvedConfig
 from selfalign.data.source import DataSource
 from selfalign.network import Backbone
 from selfalign.sampling.generate import generate, to_uint8
-from selfalign.sampling.pictures import column_labels, column_names, draw_curves, draw_grids
 from selfalign.sampling.settings import SamplingConfig
 from selfalign.sections import TrainingConfig
 from selfalign.training.heldout import heldout_loss
@@ -83,6 +85,8 @@ class CurvesMonitor:
 
     def __call__(self, state: TrainingState) -> None:
         """Write curves.png."""
+        from selfalign.sampling.pictures import draw_curves
+
         draw_curves(state.folder / "curves.png", read_metrics(state.folder), state.folder.name)
 
 
@@ -90,6 +94,8 @@ def draw_sample_grid(
     path: Path, model: Backbone, config: ResolvedConfig, source: DataSource, title: str
 ) -> None:
     """Save a grid with a class per column: unguided, and guided where the model allows it."""
+    from selfalign.sampling.pictures import column_labels, column_names, draw_grids
+
     labels = column_labels(model.num_classes)
     columns = column_names(labels, source.class_names) if labels else [""] * 8
     scales = [1.0]

@@ -20,6 +20,7 @@ from selfalign.evaluation.reference import open_reference
 from selfalign.sampling.generate import to_uint8
 from selfalign.sections import DataConfig
 
+POINTS = np.random.default_rng(1).random((9, 64))
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
 MEAN, COVARIANCE = np.zeros(64), np.eye(64)
 
@@ -96,9 +97,9 @@ class TestStatistics:
     @pytest.mark.parametrize(
         "changes",
         [
-            {"mu": np.zeros(64, np.float32), "sigma": np.cov(np.random.rand(9, 64).T, dtype="f4")},
+            {"mu": np.zeros(64, np.float32), "sigma": np.cov(POINTS.T, dtype="f4")},
             {"sigma": np.zeros((64, 64))},  # constant features
-            {"sigma": np.cov(np.random.rand(9, 64).T).astype(">f8")},  # of rank 8
+            {"sigma": np.cov(POINTS.T).astype(">f8")},  # of rank 8
             {"sigma": np.eye(64, dtype=np.int64)},
             {"mu_s": np.zeros(3), "sigma_s": np.eye(3)},
         ],

@@ -314,6 +314,9 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
             flat[prefix] = held
 
     flatten("", values)
+    if flat.keys() & {"targets.ema.groups", "alignment.teacher_groups"}:
+        # Before there was this setting every group had a lag of its own: runs begun then go on so.
+        flat.setdefault("targets.ema.lag", "group")
     if any(not isinstance(name, str) for name in flat.get("plugins", ())):
         raise UserError(f"plugins is {flat['plugins']!r}: allowed are names of files")
     return override(RunConfig(), flat)

@@ -66,6 +66,31 @@ def velocity_error(
     return (velocity - target).square().mean(dim=(1, 2))
 
 
+@dataclass(frozen=True)
+class TimestepDistribution:
+    """p(t) for the samples of one batch: called, it draws one for each, anew every time."""
+
+    flow: FlowConfig
+    count: int
+    """Samples B of the batch."""
+    generator: torch.Generator
+
+    def __call__(self) -> Float[Tensor, "B"]:
+        """Independent draws from p(t)."""
+        return sample_timesteps(self.flow, self.count, self.generator)
+
+    def uniform(self) -> Float[Tensor, "B"]:
+        """Independent draws from [0, 1), whatever p(t) is."""
+        return torch.rand(self.count, generator=self.generator, device=self.generator.device)
+
+    def quantile(self, levels: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+        """The timesteps below which p(t) has these shares of its mass."""
+        if self.flow.timestep_distribution == "uniform":
+            return levels
+        normal = torch.special.ndtri(levels)
+        return torch.sigmoid(self.flow.logit_mean + self.flow.logit_std * normal)
+
+
 def sample_timesteps(
     flow: FlowConfig, count: int, generator: torch.Generator
 ) -> Float[Tensor, "count"]:

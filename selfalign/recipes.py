@@ -55,8 +55,12 @@ RECIPES: dict[str, Recipe] = {
         {**_GROUPED_TEACHER, **_DUAL},
     ),
     "sra-as": Recipe(
-        "sra with separated attention at one timestep, in student and teacher",
+        "sra with separated attention at one timestep, in student and teacher, and nothing else",
         {**_GROUPED_TEACHER, **_SEPARATED},
+    ),
+    "sra-as-released": Recipe(
+        "sra-as as released: the teacher sees each group at a timestep of its own, t - U(0, 0.2)",
+        {**_GROUPED_TEACHER, **_SEPARATED, "targets.ema.lag": "group"},
     ),
     "sra-dts-as": Recipe(
         "the paper's recipe: dual timesteps and separated attention, in student and teacher",

@@ -198,6 +198,8 @@ class TrainingConfig(Choosing):
     """Images per optimizer step, over all processes and accumulated micro-batches."""
     gradient_accumulation: int = 1
     """Micro-batches per optimizer step and process."""
+    start_from: str | None = None
+    """Folder of a run whose last weights, EMA included, this one starts from; left out: drawn anew."""
     optimizer: str = chosen("optimizer", "adamw")
     """What moves the weights."""
     learning_rate: float = 1e-4

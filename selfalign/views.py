@@ -4,7 +4,6 @@ Tokens are sorted once, here, so that every group is one contiguous slice. All l
 work per token and the losses compare in the same order, so nothing is sorted back in training.
 """
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -13,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from selfalign.config import ResolvedConfig, RunConfig, whole_images
-from selfalign.flow import PATHS, Path, sample_timesteps
+from selfalign.flow import PATHS, Path, TimestepDistribution
 from selfalign.tokens import TokenGrid, TokenGroups, group_sizes
 
 
@@ -58,7 +57,7 @@ def draw_views(
     def uniform() -> Float[Tensor, "B"]:
         return torch.rand(count, generator=generator, device=device)
 
-    next_timesteps = functools.partial(sample_timesteps, config.flow, count, generator)
+    next_timesteps = TimestepDistribution(config.flow, count, generator)
     noise = torch.randn(*shape, generator=generator, device=device)
     dropout = uniform()
     timesteps = [config.schedule.timesteps([], next_timesteps)]
@@ -77,7 +76,9 @@ def draw_views(
         noise=noise,
         timesteps=torch.stack(timesteps, dim=1),
         order=order,
-        teacher_interval=config.targets["ema"].interval * torch.stack(interval, dim=1),
+        teacher_interval=config.targets["ema"].lags(
+            torch.stack(interval, dim=1), config.schedule.one_per_sample
+        ),
         label_dropout=dropout < config.views.class_dropout,
         more=more,
     )

@@ -16,7 +16,7 @@ from selfalign.cli.study import StudyArguments
 from selfalign.cli.tree import options_of
 from selfalign.errors import UserError
 from selfalign.recipes import RECIPES, recipe
-from selfalign.study.paper import GRIDS
+from selfalign.study.grids import GRIDS
 
 SHELLS = ("bash", "zsh", "tcsh")
 

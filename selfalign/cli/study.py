@@ -23,7 +23,7 @@ from selfalign.parts import chosen
 from selfalign.sections import PATCH_SIZES, DataConfig, FlowConfig, TrainingConfig
 from selfalign.study.grid import Grid
 from selfalign.study.grid_file import load_grid
-from selfalign.study.paper import GRIDS
+from selfalign.study.grids import GRIDS
 from selfalign.study.profiles import PROFILES, Profile
 from selfalign.study.settings import LaunchConfig, Measurement
 
@@ -85,8 +85,6 @@ class PowerArguments:
     """Folder of an earlier study with a report.json: its spread over seeds is taken for the new one's."""
     seeds: int = 3
     """How many seeds are planned."""
-    features: str | None = None
-    """Whose Fréchet distance is tested; left out: the one that the earlier study measured."""
 
 
 def study_command(arguments: Sequence[str]) -> int:
@@ -136,8 +134,9 @@ def _run(arguments: Sequence[str]) -> int:
     if parsed.seeds < 1:
         raise UserError(f"--seeds is {parsed.seeds}: allowed is a number from 1")
     from selfalign.study.launch import launch, require_launcher
-    from selfalign.study.plan import Study, write_study
+    from selfalign.study.plan import Study, read_study, write_study
     from selfalign.study.report import write_report
+    from selfalign.study.reuse import take_over
     from selfalign.study.verdicts import register
 
     study = Study(
@@ -148,11 +147,14 @@ def _run(arguments: Sequence[str]) -> int:
         measurement=measurement,
         profile=parsed.profile,
         registration=register(
-            grid, _distance(parsed.measurement.features, parsed.data.name), parsed.seeds
+            grid,
+            measurement.distance(parts.get("source", parsed.data.name, "data.name").small),
+            parsed.seeds,
         ),
     )
     study.check()
     require_launcher(parsed.out, parsed.launch)
+    others = [read_study(folder) for folder in parsed.launch.reuse]
     study = write_study(parsed.out, study)
     if study.registration is not None:
         for effect, size in study.registration.detectable.items():
@@ -160,6 +162,9 @@ def _run(arguments: Sequence[str]) -> int:
                 f"smallest detectable effect, {effect}: {size:.2f} times the spread of runs over seeds",
                 markup=False,
             )
+    for folder, other in zip(parsed.launch.reuse, others, strict=True):
+        taken = take_over(parsed.out, study, folder, other)
+        console.print(f"{len(taken)} finished runs of {folder} are taken over", markup=False)
     with _overview() as show:
         for status in launch(parsed.out, parsed.launch):
             show(status)
@@ -168,13 +173,6 @@ def _run(arguments: Sequence[str]) -> int:
     for name in status.failed:
         console.print(f"failed: {name} (why: {parsed.out / 'runs' / name}.log)", markup=False)
     return 1 if status.failed else 0
-
-
-def _distance(features: str | None, data_name: str) -> str:
-    """Name of the Fréchet distance that runs will be measured by."""
-    small = parts.get("source", data_name, "data.name").small
-    name = features or ("classifier" if small else "inception")
-    return "fid" if name == "inception" else f"fd_{name}"
 
 
 def _power(arguments: Sequence[str]) -> int:
@@ -188,7 +186,6 @@ def _power(arguments: Sequence[str]) -> int:
         "What a study can find, before it runs. Example: selfalign study power 2x2 --like "
         "docs/results/digits --seeds 10",
         seeds=seeds or PowerArguments.seeds,
-        features=None,
     )
     if parsed.seeds < 2:
         raise UserError(f"--seeds is {parsed.seeds}: allowed is a number from 2")
@@ -198,8 +195,7 @@ def _power(arguments: Sequence[str]) -> int:
     from selfalign.study.verdicts import register
 
     pilot = read_pilot(parsed.like)
-    measured = next((name for name in DISTANCES if name in pilot.layouts), DISTANCES[0])
-    distance = _distance(parsed.features, "") if parsed.features else measured
+    distance = next((name for name in DISTANCES if name in pilot.layouts), DISTANCES[0])
     registration = register(grid, distance, parsed.seeds)
     if registration is None:
         raise UserError(f"grid {grid.name} makes no claim that could be tested")

@@ -7,12 +7,12 @@ import json
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
-from selfalign.data.source import DataSource, Split
+from selfalign.data.source import DataSource, Split, SubsetSplit
 from selfalign.disk import cache_folder, write_whole
 from selfalign.errors import UserError
 from selfalign.randomness import make_generator
@@ -93,12 +93,22 @@ def require_classes(source: DataSource, name: str) -> None:
         )
 
 
-def get_classifier(source: DataSource, name: str) -> TrainedClassifier:
-    """The data set's classifier, from the cache or trained now. A function of the data alone.
+def halves(count: int) -> tuple[Int[Tensor, "A"], Int[Tensor, "B"]]:
+    """Numbers of a set's images in two halves, drawn once and for all."""
+    order = torch.randperm(count, generator=make_generator(0, "halves"))
+    return order[: count // 2].sort().values, order[count // 2 :].sort().values
+
+
+def get_classifier(
+    source: DataSource, name: str, seed: int = 0, half: int | None = None
+) -> TrainedClassifier:
+    """The data set's classifier, from the cache or trained now. A function of the data and the arguments.
 
     Args:
         source: the data set.
         name: what it is called.
+        seed: of its weights and batches.
+        half: which of `halves` of the training images it is trained on; None for all.
 
     Raises:
         UserError: the data set has no classes to tell apart.
@@ -108,9 +118,12 @@ def get_classifier(source: DataSource, name: str) -> TrainedClassifier:
         source.channels,
         min(source.image_size),
         source.num_classes,
-        make_generator(0, "classifier"),
+        make_generator(seed, "classifier"),
     )
-    recipe = json.dumps([source.image_size, STEPS, BATCH, LEARNING_RATE, torch.__version__])
+    split, own = source.train, []
+    if half is not None:
+        split, own = SubsetSplit(split, halves(len(split))[half]), [seed, half]
+    recipe = json.dumps([source.image_size, STEPS, BATCH, LEARNING_RATE, torch.__version__, *own])
     key = hashlib.sha256(f"{source.fingerprint} {recipe} {classifier}".encode()).hexdigest()[:16]
     file = cache_folder("classifiers") / f"{name}-{key}.safetensors"
     try:
@@ -119,7 +132,7 @@ def get_classifier(source: DataSource, name: str) -> TrainedClassifier:
             state = {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
         classifier.load_state_dict(state)
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):
-        _train(classifier, source.train)
+        _train(classifier, split, seed)
         accuracy = _accuracy(classifier, source.heldout)
         facts = {"heldout_accuracy": repr(accuracy)}
         # Where the cache cannot be written, it is trained again next time.
@@ -128,13 +141,13 @@ def get_classifier(source: DataSource, name: str) -> TrainedClassifier:
     return TrainedClassifier(classifier.eval().requires_grad_(False), accuracy)
 
 
-def _train(classifier: Classifier, split: Split) -> None:
+def _train(classifier: Classifier, split: Split, seed: int) -> None:
     """AdamW with a one-cycle schedule on random batches, always on the CPU: there it is reproducible."""
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS)
     classifier.train()
     for step in range(STEPS):
-        generator = make_generator(0, "classifier batch", step)
+        generator = make_generator(seed, "classifier batch", step)
         chosen = torch.randint(len(split), (BATCH,), generator=generator)
         images, labels = split.read(chosen.tolist())
         loss = functional.cross_entropy(

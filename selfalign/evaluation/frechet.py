@@ -117,6 +117,60 @@ def frechet_estimate(features: Float[Tensor, "M D"], reference: Gaussian) -> Est
     return from_jackknife(frechet_distance(total.gaussian(), reference), without)
 
 
+SAMPLE_PARTS, REFERENCE_PARTS = (1, 2, 4), (1, 2)
+"""Into how many equal parts samples and reference are cut, to see how the distance goes with their number."""
+
+
+def extrapolated_distance(
+    features: Float[Tensor, "M D"], reference: Float[Tensor, "R D"]
+) -> Estimate:
+    """The Fréchet distance that infinitely many samples and reference images would have.
+
+    A distance of finite sets is too large by nearly a/n + b/m, for n samples and m reference images
+    (arXiv:1911.07023 for the samples). The distances of all, halves and quarters of the samples from all
+    and halves of the reference tell a and b by least squares. Where the sets are alike the result scatters
+    about 0, on both sides.
+
+    Returns:
+        The distance, with a jackknife's standard error over the samples; the reference counts as given.
+
+    Raises:
+        UserError: fewer than twenty samples or reference images in a part, or NaN among them.
+    """
+    least = 2 * GROUPS
+    for name, count, parts in (
+        ("samples", len(features), SAMPLE_PARTS[-1]),
+        ("reference images", len(reference), REFERENCE_PARTS[-1]),
+    ):
+        if count < least * parts:
+            raise UserError(
+                f"an extrapolated Fréchet distance needs at least {least * parts} {name}, here are {count}"
+            )
+    require_finite(features)
+    require_finite(reference)
+    fits = [
+        (len(reference) / parts, fit(reference[part::parts]))
+        for parts in REFERENCE_PARTS
+        for part in range(parts)
+    ]
+
+    def distance(samples: Tensor) -> float:
+        rows, distances = [], []
+        for parts in SAMPLE_PARTS:
+            for part in range(parts):
+                gaussian = fit(samples[part::parts])
+                for count, other in fits:
+                    rows.append([1.0, parts / len(samples), 1 / count])
+                    distances.append(_quick_distance(gaussian, other))
+        design = torch.tensor(rows, dtype=torch.float64)
+        solution = torch.linalg.lstsq(design, torch.tensor(distances, dtype=torch.float64))
+        return float(solution.solution[0])
+
+    groups = torch.arange(len(features)) % GROUPS
+    without = [distance(features[groups != group]) for group in range(GROUPS)]
+    return from_jackknife(distance(features), without)
+
+
 def _quick_distance(first: Gaussian, second: Gaussian) -> float:
     """`frechet_distance` for a spread, in less than half of its time.
 

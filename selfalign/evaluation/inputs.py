@@ -63,6 +63,20 @@ class ImageSet:
             self.name, count, self.shape, f"{self.fingerprint}:{count}", self.reader, labels
         )
 
+    def choose(self, numbers: Sequence[int], name: str) -> "ImageSet":
+        """Some of the set's images, by number; what messages call them follows the set's name."""
+        chosen = torch.as_tensor(numbers)
+        labels = None if self.labels is None else self.labels[chosen]
+        digest = hashlib.sha256(chosen.numpy().tobytes()).hexdigest()[:16]
+        return ImageSet(
+            f"{self.name}, {name}",
+            len(chosen),
+            self.shape,
+            f"{self.fingerprint}:{digest}",
+            lambda indices: self.reader(chosen[torch.as_tensor(indices)].tolist()),
+            labels,
+        )
+
     def require_like(self, other: "ImageSet") -> None:
         """Refuse to compare with images of another size or number of channels."""
         if self.shape != other.shape:

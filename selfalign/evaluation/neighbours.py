@@ -87,17 +87,27 @@ def nearest(
         queries: held in memory.
         parts: the set, in order, a part at a time.
     """
-    distances = torch.full((len(queries),), torch.inf, dtype=torch.float64, device=queries.device)
-    indices = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    distances, indices = several_nearest(queries, parts, 1)
+    return distances[:, 0], indices[:, 0]
+
+
+def several_nearest(
+    queries: Float[Tensor, "M D"], parts: Iterable[Float[Tensor, "R D"]], k: int
+) -> tuple[Float[Tensor, "M k"], Int[Tensor, "M k"]]:
+    """As `nearest`, for the k nearest ones; infinite where the set has fewer."""
+    device = queries.device
+    distances = torch.full((len(queries), k), torch.inf, dtype=torch.float64, device=device)
+    indices = torch.zeros(len(queries), k, dtype=torch.int64, device=device)
     first = 0
     for part in parts:
-        found = _Smallest(len(queries), 1, queries.device)
+        found = _Smallest(len(queries), min(k, len(part)), device)
         for rows, columns in _tiles(len(queries), len(part)):
             found.update(rows, columns, _squared_distances(queries[rows], part[columns]))
-        chosen = found.indices[:, 0]
-        exact = _exact(queries, part[chosen]).sqrt()
-        indices = torch.where(exact < distances, chosen + first, indices)
-        distances = torch.minimum(distances, exact)
+        exact = [_exact(queries, part[chosen]).sqrt() for chosen in found.indices.T]
+        distances = torch.cat([distances, torch.stack(exact, dim=1)], dim=1)
+        indices = torch.cat([indices, found.indices + first], dim=1)
+        distances, order = distances.sort(dim=1, stable=True)
+        distances, indices = distances[:, :k], indices.gather(1, order)[:, :k]
         first += len(part)
     return distances, indices
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    Distribution = Callable[[], Float[Tensor, "B"]]
-    """Draws a timestep from p(t) for every sample."""
+    from selfalign.flow import TimestepDistribution
+
+    Distribution = TimestepDistribution
+    """p(t) for the samples of a batch: called, it draws a timestep for each."""
 
 
 @dataclass(frozen=True)
@@ -34,5 +36,5 @@ class Schedule(Part):
 
         Args:
             earlier: those of the groups before it.
-            distribution: draws from p(t), anew at every call.
+            distribution: draws from p(t), anew at every call; its quantiles are there too.
         """

@@ -1,54 +1,38 @@
 """What a variant needs to be as good as the baseline ends, with the seeds that never are."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, Literal
+
+import numpy as np
+from scipy import stats
 
 from selfalign.study.results import METRICS, RunResult
 
 
 def first_reaching(
     curve: Sequence[tuple[int, float]], target: float, better: Literal["lower", "higher", ""]
-) -> float | None:
-    """The step at which a curve first reaches a value, linear between its points.
-
-    Returns:
-        None if it never does. A curve that is there at its first point counts from that point.
-    """
+) -> int | None:
+    """The first measured step at which a curve is as good as a value; None if it never is."""
     sign = 1 if better == "higher" else -1
-    previous: tuple[int, float] | None = None
-    for step, value in curve:
-        if sign * (value - target) >= 0:
-            if previous is None or value == previous[1]:
-                return float(step)
-            before, below = previous
-            return before + (step - before) * (target - below) / (value - below)
-        previous = (step, value) if math.isfinite(value) else previous
-    return None
+    return next((step for step, value in curve if sign * (value - target) >= 0), None)
 
 
-def kaplan_meier(times: Sequence[float], arrived: Sequence[bool]) -> list[tuple[float, float]]:
-    """The share that has not arrived yet, after each arrival: (time, share), in order of time.
+def median_time(times: Sequence[float], arrived: Sequence[bool]) -> float | None:
+    """When half have arrived, by Kaplan and Meier; None where half never do.
 
     Args:
         times: of arrival, or until when there was none.
         arrived: whether it is an arrival. The others are censored: they might come later.
     """
-    share, curve = 1.0, []
-    for time in sorted({t for t, there in zip(times, arrived, strict=True) if there}):
-        at_risk = sum(t >= time for t in times)
-        arrivals = sum(t == time and there for t, there in zip(times, arrived, strict=True))
-        share *= 1 - arrivals / at_risk
-        curve.append((time, share))
-    return curve
-
-
-def median_time(times: Sequence[float], arrived: Sequence[bool]) -> float | None:
-    """When half have arrived, by Kaplan and Meier; None where half never do."""
-    curve = kaplan_meier(times, arrived)
-    return next((time for time, share in curve if share <= 0.5 + 1e-12), None)
+    there = np.array(arrived, dtype=bool)
+    if not there.any():
+        return None
+    observed = stats.CensoredData.right_censored(np.array(times, dtype=float), ~there)
+    still_out = stats.ecdf(observed).sf
+    below = still_out.quantiles[still_out.probabilities <= 0.5 + 1e-12]
+    return float(below[0]) if len(below) else None
 
 
 @dataclass(frozen=True)
@@ -57,7 +41,7 @@ class QualityCost:
 
     variant: str
     metric: str
-    steps: Mapping[int, float | None]
+    steps: Mapping[int, int | None]
     """By seed; None is not reached."""
     censored_at: Mapping[int, int]
     """By seed, the last step that was measured."""

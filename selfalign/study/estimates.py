@@ -6,8 +6,8 @@ with one variance of e for the whole layout and (V-1)(S-1) degrees of freedom wh
 """
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -132,6 +132,35 @@ class Layout:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seeds", tuple(sorted({seed for _, seed in self.values})))
+
+    def of(self, names: Mapping[tuple[Any, int], Any] | Sequence[Any]) -> "Layout":
+        """The part of the layout that some variants are, or cells under other names.
+
+        Args:
+            names: variants; or by new cell, (name, seed), the variant that stands in it.
+        """
+        if not isinstance(names, Mapping):
+            names = {cell: cell[0] for cell in self.values if cell[0] in names}
+        cells = {
+            new: (name, new[1]) for new, name in names.items() if (name, new[1]) in self.values
+        }
+        kept = self.errors
+        if kept is not None:
+            runs = {new: kept.by_run[old] for new, old in cells.items() if old in kept.by_run}
+            kept = replace(kept, by_run=runs)
+        return Layout({new: self.values[old] for new, old in cells.items()}, kept)
+
+    def replaced(self, names: Collection[Any], other: "Layout") -> "Layout":
+        """The layout with some variants' values, and errors, from that of another reading."""
+
+        def mixed(own: Mapping[Cell, Any], others: Mapping[Cell, Any]) -> dict[Cell, Any]:
+            kept = {cell: value for cell, value in own.items() if cell[0] not in names}
+            return kept | {cell: value for cell, value in others.items() if cell[0] in names}
+
+        errors = None
+        if self.errors is not None and other.errors is not None:
+            errors = replace(self.errors, by_run=mixed(self.errors.by_run, other.errors.by_run))
+        return Layout(mixed(self.values, other.values), errors)
 
     @cached_property
     def residual(self) -> tuple[float, int]:

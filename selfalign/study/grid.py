@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,6 +22,8 @@ class Variant:
     recipe: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Fields by dotted name, as in `{"views.mask_ratios": (0.35, 0.65)}`."""
+    after: str = ""
+    """The variant, earlier in the grid, from whose last weights at the same seed this one starts."""
 
     def __post_init__(self) -> None:
         recipe(self.recipe, self.settings)  # raises on what is unknown or contradicts itself
@@ -100,32 +102,77 @@ class Grid:
     effects: tuple[Effect, ...] = ()
     baseline: str = ""
     """The variant whose final quality the others are timed to; left out: the first."""
+    separations: Pairs = ()
+    """Pairs of variants, (separated, whole), of which the report says what separation costs."""
+    shares: Pairs = ()
+    """Pairs of effects by title, (part, whole), of which the report says which share the part is."""
+    pools: tuple[tuple[str, ...], ...] = ()
+    """Variants whose runs are taken to be equally noisy: an effect's error is pooled over the first of these
+    groups that holds all of its variants. Left out, or where none does: over all."""
+    tuned: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names that effects may use beside those of variants, and the variants of which each is the best: chosen
+    for every seed by the mean held-out loss at the other seeds, so that no seed is both judge and judged."""
 
     def __post_init__(self) -> None:
         if not self.variants:
             raise UserError(f"grid {self.name} has no variants: at least one is needed")
         _require_line("the grid's name", self.name)
-        for name in self.variants:
+        earlier: list[str] = []
+        for name, variant in self.variants.items():
             _require_line("a variant's name", name)
             _require_no_path(name, self.variants)
+            if variant.after and variant.after not in earlier:
+                raise UserError(
+                    f"variant {name!r}: after is {variant.after!r}, which is no variant before it"
+                )
+            earlier.append(name)
         if not self.baseline:
             object.__setattr__(self, "baseline", next(iter(self.variants)))
         used = [("baseline", self.baseline)]
         used += [(f"table {t.title!r}", row.variant) for t in self.tables for row in t.rows]
+        used += [("separations", name) for pair in self.separations for name in pair]
+        used += [("pools", name) for group in self.pools for name in group]
+        used += [
+            (f"tuned {tuned!r}", name) for tuned, names in self.tuned.items() for name in names
+        ]
         for effect in self.effects:
             for pair in (*effect.contrasts, *effect.minus):
                 used += [(f"effect {effect.title!r}", name) for name in pair]
                 if pair[0] == pair[1]:
                     raise UserError(f"effect {effect.title!r} compares {pair[0]!r} with itself")
+            names = set(effect.weights)
+            if names & set(self.tuned) and not names <= set(self.tuned):
+                raise UserError(
+                    f"effect {effect.title!r} compares tuned variants with others: allowed are either"
+                )
             if not effect.contrasts:
                 raise UserError(f"effect {effect.title!r} has no contrasts: one or more are needed")
+        for name in self.tuned:
+            _require_line("a tuned variant's name", name)
+            if name in self.variants or not self.tuned[name]:
+                raise UserError(
+                    f"tuned {name!r} of grid {self.name}: needed are a name that no variant has, and the "
+                    "variants to choose from"
+                )
         for where, name in used:
-            if name not in self.variants:
+            if name not in self.variants and not (
+                where.startswith("effect") and name in self.tuned
+            ):
                 raise UserError(
                     f"{where} of grid {self.name}: there is no variant {name!r}; there are "
                     + ", ".join(self.variants)
                 )
         self._check_texts()
+
+    def pool(self, effect: Effect) -> tuple[str, ...]:
+        """The variants, or tuned ones, over which the error of an effect is pooled."""
+        whole = next((other for other in self.effects if other.title == effect.half_of), effect)
+        return self.pool_of({*effect.weights, *whole.weights})
+
+    def pool_of(self, names: Collection[str]) -> tuple[str, ...]:
+        """The first of the groups of variants that are equally noisy that holds all of these."""
+        groups = (*self.pools, tuple(self.variants), tuple(self.tuned))
+        return next(group for group in groups if set(names) <= set(group))
 
     def _check_texts(self) -> None:
         titles = [effect.title for effect in self.effects]
@@ -139,6 +186,9 @@ class Grid:
                 raise UserError(
                     f"effect {effect.title!r}: half_of is {effect.half_of!r}, which is no effect's title"
                 )
+        for title in (title for pair in self.shares for title in pair):
+            if title not in titles:
+                raise UserError(f"shares of grid {self.name}: {title!r} is no effect's title")
         texts = [text for e in self.effects for text in (e.question, e.claim)]
         for table in self.tables:
             texts.append(table.note)

@@ -19,8 +19,9 @@ from accelerate import Accelerator
 import selfalign
 from selfalign.backbones import find_tap
 from selfalign.benchmark.cost import step_cost
-from selfalign.config import config_to_dict
+from selfalign.config import config_to_dict, override
 from selfalign.data.datasets import open_data
+from selfalign.data.source import DataSource
 from selfalign.disk import locked, write_arrays, write_whole
 from selfalign.errors import UserError
 from selfalign.evaluation.config import EvaluationConfig, MetricName
@@ -44,9 +45,21 @@ from selfalign.study.results import (
     write_result,
 )
 from selfalign.study.settings import Measurement
-from selfalign.training.heldout import heldout_errors, heldout_loss, summarise
+from selfalign.study.verdicts import HELDOUT_LOSS
+from selfalign.training.heldout import (
+    WHOLE,
+    HeldOutErrors,
+    Seen,
+    heldout_errors,
+    heldout_loss,
+    summarise,
+)
 from selfalign.training.loop import TrainingState
 from selfalign.training.tracking import read_metrics
+
+USUAL_RATIOS = (0.25, 0.75)
+"""Token groups in which variants without any are scored."""
+RELIANCE = "label_reliance"
 
 
 def run_job(study_folder: Path, name: str, parent: int | None = None) -> RunResult | None:
@@ -73,6 +86,13 @@ def run_job(study_folder: Path, name: str, parent: int | None = None) -> RunResu
     with locked(folder.parent, busy=None, name=f"{folder.name}.lock"):
         if (result := read_result(folder)) is not None:
             return result
+        if job.after is not None:
+            # The run that it starts from: made here and now, or waited for, where it is not there yet.
+            if run_job(study_folder, job.after.name, parent) is None:
+                return None
+            start = str(study_folder / RUNS / job.after.name)
+            config = override(job.config, {"training.start_from": start})
+            job = dataclasses.replace(job, config=config)
         if not _train(job, folder, study.measurement, parent):
             return None
         result = _measure(job, folder, study.measurement)
@@ -89,10 +109,11 @@ class EvaluationMonitor:
 
     def __call__(self, state: TrainingState) -> None:
         """Write the Fréchet distance to the metrics; the last step is left to the end of the run."""
-        if state.metrics is None or state.step == state.config.training.steps:
+        num = self.measurement.on_the_way
+        if state.metrics is None or num == 0 or state.step == state.config.training.steps:
             return
         run = LoadedRun(state.folder, state.config, state.ema.model, state.step)
-        evaluation = _evaluate(run, self.measurement, ("fd", "fid"), state.accelerator)
+        evaluation = _evaluate(run, self.measurement, (), state.accelerator, num)
         distances = {k: v.value for k, v in evaluation.metrics.items() if k in DISTANCES}
         state.metrics.write(state.step, distances)
 
@@ -121,22 +142,26 @@ def _train(job: Job, folder: Path, measurement: Measurement, parent: int | None)
 def _evaluate(
     run: LoadedRun,
     measurement: Measurement,
-    wanted: tuple[MetricName, ...],
+    further: tuple[MetricName, ...],
     accelerator: Accelerator,
+    num: int | None = None,
 ) -> Evaluation:
+    """The Fréchet distance of a run's samples, and further metrics as far as their features are there."""
     features = measurement.features or default_features(run.config.data)
-    impossible = {"fd"} if features == "inception" else {"fid", "sfid", "is"}
+    name = measurement.distance(run.config.data.source.small, num)
+    distance = {"fid": "fid", "fd_infinity": "fd-infinity"}.get(name, "fd")
+    impossible = set() if features == "inception" else {"sfid", "is"}
     if features != "classifier":
-        impossible.add("consistency")
+        impossible |= {"consistency", "memorisation"}
     sampling = measurement.sampling
     if measurement.own_samples:
         sampling = dataclasses.replace(sampling, seed=sampling.seed + run.config.seed)
     evaluation = evaluate(
         run.folder,
         EvaluationConfig(
-            num=measurement.num,
+            num=num or measurement.num,
             features=features,
-            metrics=tuple(name for name in wanted if name not in impossible),
+            metrics=(distance, *(name for name in further if name not in impossible)),
         ),
         sampling,
         accelerator,
@@ -150,36 +175,36 @@ def _measure(job: Job, folder: Path, measurement: Measurement) -> RunResult:
     accelerator = open_accelerator()
     run = load_run(folder, device=accelerator.device)
     source = open_data(run.config.data)
-    training, path = run.config.training, run.config.flow.path
+    training = run.config.training
     evaluation = _evaluate(
         run,
         measurement,
-        ("fd", "fid", "sfid", "is", "precision-recall", "consistency"),
+        ("sfid", "is", "precision-recall", "consistency", "memorisation"),
         accelerator,
     )
     lines = read_metrics(folder)
-    pairs = measurement.heldout_pairs or training.heldout_samples
-    errors = heldout_errors(run.model, source.heldout, path, pairs)
-    arrays = {"errors": errors.errors.float(), "images": errors.images, "bins": errors.bins}
+    errors = _heldout(run, source, measurement, accelerator)
+    whole = errors[HELDOUT_LOSS]
+    arrays = {"images": whole.images, "bins": whole.bins}
+    arrays |= {name: found.errors.float() for name, found in errors.items()}
     write_arrays(folder / ERRORS_FILE, {name: array.numpy() for name, array in arrays.items()})
-    on_heldout = summarise(errors)
-    on_training = heldout_loss(run.model, source.train, path, pairs).overall
+    losses = {name: summarise(found) for name, found in errors.items()}
+    on_training = heldout_loss(
+        run.model, source.train, run.config.flow.path, _pairs(run, measurement)
+    ).overall
     metrics = {
-        "heldout_loss": on_heldout.overall,
+        **{name: loss.overall for name, loss in losses.items()},
         "training_loss": on_training,
-        "generalisation_gap": on_heldout.overall - on_training,
+        "generalisation_gap": losses[HELDOUT_LOSS].overall - on_training,
         **{k: v.value for k, v in evaluation.metrics.items() if k in METRICS},
     }
-    if source.num_classes and run.config.views.class_dropout > 0:
-        without = heldout_errors(run.model, source.heldout, path, pairs, with_labels=False)
-        metrics["label_reliance"] = summarise(without).overall - on_heldout.overall
     if source.num_classes >= 2:
         block = find_tap(run.config.targets["ema"].block, run.config.depth, "targets.ema.block")
-        metrics["linear_probe"] = linear_probe(run.model, source, path, block)
-    curves = {"heldout_loss": [(x["step"], x["heldout_ema"]) for x in lines if "heldout_ema" in x]}
+        metrics["linear_probe"] = linear_probe(run.model, source, run.config.flow.path, block)
+    curves = {HELDOUT_LOSS: [(x["step"], x["heldout_ema"]) for x in lines if "heldout_ema" in x]}
     for name in DISTANCES:
-        if name in metrics:
-            points = [(line["step"], line[name]) for line in lines if name in line]
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if name in metrics and points:
             curves[name] = [*points, (run.step, metrics[name])]
     cost = step_cost(run.config, training.batch_size)
     seconds = [training.batch_size / x["samples_per_second"] for x in lines if "loss" in x]
@@ -194,7 +219,8 @@ def _measure(job: Job, folder: Path, measurement: Measurement) -> RunResult:
         seconds_per_step=statistics.median(seconds),
         seconds=sum(seconds) / len(seconds) * run.step,
         metrics=metrics,
-        heldout_by_timestep=on_heldout.by_timestep,
+        heldout_by_timestep=losses[HELDOUT_LOSS].by_timestep,
+        reliance_by_timestep=losses[RELIANCE].by_timestep if RELIANCE in losses else (),
         curves=curves,
         heldout_images={k: v.value for k, v in evaluation.baseline.items() if k in METRICS},
         versions={
@@ -204,6 +230,35 @@ def _measure(job: Job, folder: Path, measurement: Measurement) -> RunResult:
             "device": f"{accelerator.device}, {torch.get_num_threads()} threads",
         },
     )
+
+
+def _pairs(run: LoadedRun, measurement: Measurement) -> int:
+    return measurement.heldout_pairs or run.config.training.heldout_samples
+
+
+def _heldout(
+    run: LoadedRun, source: DataSource, measurement: Measurement, accelerator: Accelerator
+) -> dict[str, HeldOutErrors]:
+    """Every variant's errors on the same pairs, shown in the same ways: by metric."""
+    config = run.config
+    several = config.views.mask_ratios if config.num_groups > 1 else USUAL_RATIOS
+    raw = load_run(run.folder, "raw", accelerator.device, step=run.step).model
+    ways = {
+        HELDOUT_LOSS: (run.model, WHOLE),
+        "heldout_raw": (raw, WHOLE),
+        "heldout_separated": (run.model, Seen(several, separate=True)),
+        "heldout_dual": (run.model, Seen(several, several_timesteps=True)),
+    }
+    pairs, path = _pairs(run, measurement), config.flow.path
+    found = {
+        name: heldout_errors(model, source.heldout, path, pairs, seen=seen)
+        for name, (model, seen) in ways.items()
+    }
+    if source.num_classes and config.views.class_dropout > 0:
+        without = heldout_errors(run.model, source.heldout, path, pairs, with_labels=False)
+        difference = without.errors - found[HELDOUT_LOSS].errors
+        found[RELIANCE] = dataclasses.replace(without, errors=difference)
+    return found
 
 
 def mark_failed(study_folder: Path, name: str, error: Exception) -> None:

@@ -48,7 +48,7 @@ def _scores(*values: float) -> dict[str, float]:
     return dict(zip(columns[-len(values) :], values, strict=True))
 
 
-_TWO_BY_TWO = Table(
+_FIRST_TABLE = Table(
     "Timesteps × attention",
     (
         Row(
@@ -135,11 +135,11 @@ _METHODS = Table(
 )
 
 _FULL, _SEPARATED = ("sra-dts", "sra"), ("sra-dts-as", "sra-as")
-_DUAL_UNDER_FULL = "Dual timesteps, full attention"
+DUAL_UNDER_FULL = "Dual timesteps, full attention"
 
-_EFFECTS = (
+EFFECTS = (
     Effect(
-        _DUAL_UNDER_FULL,
+        DUAL_UNDER_FULL,
         "Do dual timesteps help where all tokens see each other?",
         (_FULL,),
         "Yes: dual timesteps augment the noise states that the model sees.",
@@ -168,7 +168,7 @@ _EFFECTS = (
         (_FULL,),
         "No: the gain is that of augmented noise states, not of interaction between them.",
         minus=(_SEPARATED,),
-        half_of=_DUAL_UNDER_FULL,
+        half_of=DUAL_UNDER_FULL,
     ),
 )
 """The four simple effects and the difference of differences. Separation alone also costs, with one noise
@@ -177,19 +177,20 @@ level as with two; what it costs with one is no interaction, and subtracted."""
 PAPER = Grid(
     name="paper",
     variants=_VARIANTS,
-    tables=(_TWO_BY_TWO, _MASK_RATIOS, _WHOLE_IMAGES, _METHODS),
-    effects=_EFFECTS,
+    tables=(_FIRST_TABLE, _MASK_RATIOS, _WHOLE_IMAGES, _METHODS),
+    effects=EFFECTS,
     baseline="sit",
+    separations=(("sra-as", "sra"), ("sra-dts-as", "sra-dts")),
 )
 
+CORNERS = ("sra", "sra-as", "sra-dts", "sra-dts-as")
+SEPARATIONS = (("sra-as", "sra"), ("sra-dts-as", "sra-dts"))
 TWO_BY_TWO = Grid(
     name="2x2",
-    variants={name: _VARIANTS[name] for name in ("sra", "sra-as", "sra-dts", "sra-dts-as")},
-    tables=(_TWO_BY_TWO,),
-    effects=_EFFECTS,
+    variants={name: _VARIANTS[name] for name in CORNERS},
+    tables=(_FIRST_TABLE,),
+    effects=EFFECTS,
     baseline="sra",
+    separations=SEPARATIONS,
 )
 """The four corners alone: with ten seeds, what the effects need."""
-
-GRIDS: dict[str, tuple[Grid, int | None]] = {"paper": (PAPER, None), "2x2": (TWO_BY_TWO, 10)}
-"""Grids by the name that the command line takes, each with its number of seeds where it has one."""

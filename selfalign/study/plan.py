@@ -65,6 +65,13 @@ class Job:
     train_fraction: float
     config: RunConfig
     """What is left open in it, the data determines."""
+    after: "Job | None" = None
+    """The run whose last weights this one starts from."""
+
+    @property
+    def run(self) -> tuple[RunConfig, ...]:
+        """All that makes the run what it is, whatever it is called: its settings, and those before it."""
+        return (*(self.after.run if self.after else ()), self.config)
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,9 @@ class Study:
         variant = self.grid.variants[name]
         settings = {**self.settings, "data.train_fraction": fraction, **variant.settings}
         config = recipe(variant.recipe, {**settings, "seed": seed})
-        return Job(f"{_run_folder(name, fraction)}/seed_{seed}", name, seed, fraction, config)
+        after = self._job(variant.after, seed, fraction) if variant.after else None
+        folder = f"{_run_folder(name, fraction)}/seed_{seed}"
+        return Job(folder, name, seed, fraction, config, after)
 
     def check(self) -> None:
         """Refuse a study of which a run could not be trained or not be measured.
@@ -150,6 +159,11 @@ class Study:
                         networks.add((features, config.data.name))
                 except UserError as error:
                     raise UserError(f"variant {name!r}: {error}") from error
+
+    @property
+    def constant_rate(self) -> bool:
+        """Whether every run keeps its learning rate once it has warmed up."""
+        return all(job.config.training.schedule == "constant" for job in self.jobs())
 
     @property
     def full_fraction(self) -> float:

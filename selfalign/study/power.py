@@ -92,12 +92,12 @@ def power(grid: Grid, registration: Registration, pilot: Pilot, seeds: int) -> l
     Raises:
         UserError: too few seeds or variants for any interval.
     """
-    degrees = (len(grid.variants) - 1) * (seeds - 1)
-    if not degrees:
+    if seeds < 2 or len(grid.variants) < 2:
         raise UserError("needed are two variants and two seeds: one of either shows no spread")
     rows = []
     per_test = registration.level / (len(registration.effects) * len(registration.metrics))
     for effect in (e for e in grid.effects if e.title in registration.effects):
+        degrees = (len(grid.pool(effect)) - 1) * (seeds - 1)
         for metric in registration.metrics:
             layout = pilot.layouts.get(metric)
             if layout is None or not layout.residual[0]:

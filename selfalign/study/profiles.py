@@ -63,7 +63,11 @@ PROFILES: dict[str, Profile] = {
         },
         seeds=3,
         measurement=Measurement(
-            num=500, own_samples=True, sampling=SamplingConfig(solver="heun", steps=8)
+            num=5_000,
+            on_the_way=0,
+            heldout_pairs=10_000,
+            own_samples=True,
+            sampling=SamplingConfig(solver="heun", steps=8),
         ),
         max_tokens=49,
     ),

@@ -17,7 +17,7 @@ from selfalign.study.parsing import checked
 from selfalign.study.plan import Study, read_study
 
 ERRORS_FILE = "heldout_errors.npz"
-"""In a run's folder: the squared error of every held-out pair, its image and its bin of t."""
+"""In a run's folder: by metric the squared error of every held-out pair, and its image and bin of t."""
 RESULT_FILE = "result.json"
 FAILED_SUFFIX = ".failed"
 RUNS = "runs"
@@ -40,6 +40,13 @@ METRICS: dict[str, Metric] = {
         "lower",
         "mean squared velocity error of the EMA weights on held-out images, the same images, "
         "timesteps and noise for every run",
+    ),
+    "fd_infinity": Metric(
+        "Fréchet distance, N → ∞",
+        "lower",
+        "between samples and training images, extrapolated to infinitely many of both; mean over four "
+        "small classifiers, each trained on one half of the training images and compared on the other "
+        "(not FID)",
     ),
     "fd_classifier": Metric(
         "Fréchet distance",
@@ -70,6 +77,20 @@ METRICS: dict[str, Metric] = {
         "lower",
         "held-out minus training denoising loss, both measured the same way with the EMA weights",
     ),
+    "heldout_raw": Metric(
+        "held-out loss, raw weights", "lower", "as the held-out loss, without the moving average"
+    ),
+    "heldout_separated": Metric(
+        "held-out loss, separated",
+        "lower",
+        "as the held-out loss, with attention separated into the variant's own token groups, or a quarter "
+        "and the rest where it has none",
+    ),
+    "heldout_dual": Metric(
+        "held-out loss, two timesteps",
+        "lower",
+        "as the held-out loss, with a timestep for each of these groups and full attention",
+    ),
     "training_loss": Metric(
         "training denoising loss",
         "lower",
@@ -81,6 +102,17 @@ METRICS: dict[str, Metric] = {
         "held-out denoising loss without labels minus that with them, on the same images, timesteps and "
         "noise: how much the model makes of a label, which is no quality",
     ),
+    "memorised_share": Metric(
+        "memorised share",
+        "",
+        "share of samples that are nearer to one training image than to any other by a ratio that 5 % of "
+        "held-out images reach; fresh data has .05",
+    ),
+    "planted_copies_found": Metric(
+        "planted copies found",
+        "",
+        "the share of noised copies of training images that the same test finds: its positive control",
+    ),
     "precision": Metric(
         "precision", "higher", "share of samples inside the training images' balls"
     ),
@@ -88,8 +120,8 @@ METRICS: dict[str, Metric] = {
 }
 """In the order in which reports show them; a study has those that its runs measured."""
 
-DISTANCES = ("fd_classifier", "fd_dinov2", "fid")
-"""Fréchet distances, which are measured on the way too."""
+DISTANCES = ("fd_infinity", "fd_classifier", "fd_dinov2", "fid")
+"""Fréchet distances, which are measured on the way too; the first that a study has is its headline."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +146,8 @@ class RunResult:
     """Final values, by the names of METRICS."""
     heldout_by_timestep: Sequence[float]
     """Final held-out loss within ten equal bins of t."""
+    reliance_by_timestep: Sequence[float] = ()
+    """Label reliance within these bins."""
     curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     """(step, value) while training went on, of heldout_loss and the Fréchet distance."""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -158,8 +192,8 @@ class StudyResults:
     folder: Path | None = None
     """The study's, where the runs' held-out errors are."""
 
-    def pair_errors(self, runs: Sequence[RunResult]) -> PairErrors | None:
-        """The held-out errors of runs that differ in variant or seed; None unless all have kept them.
+    def pair_errors(self, runs: Sequence[RunResult], metric: str) -> PairErrors | None:
+        """The errors behind a metric of runs that differ in variant or seed; None unless all have kept them.
 
         Raises:
             UserError: a file of them is damaged.
@@ -167,7 +201,12 @@ class StudyResults:
         files = {(run.variant, run.seed): self._errors_file(run) for run in runs}
         if not files or None in files.values():
             return None
-        found = {cell: _read_errors(path) for cell, path in files.items() if path is not None}
+        kept = {
+            cell: _read_errors(path, metric) for cell, path in files.items() if path is not None
+        }
+        found = {cell: arrays for cell, arrays in kept.items() if arrays is not None}
+        if len(found) < len(files):
+            return None
         first = next(iter(found.values()))
         for errors, images, bins in found.values():
             same = np.array_equal(images, first[1]) and np.array_equal(bins, first[2])
@@ -182,10 +221,12 @@ class StudyResults:
         return path if path is not None and path.is_file() else None
 
 
-def _read_errors(path: Path) -> tuple[Array, Array, Array]:
+def _read_errors(path: Path, metric: str) -> tuple[Array, Array, Array] | None:
     try:
         with np.load(path) as arrays:
-            found = arrays["errors"], arrays["images"], arrays["bins"]
+            if metric not in arrays:
+                return None
+            found = arrays[metric], arrays["images"], arrays["bins"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
     if len({array.shape for array in found}) != 1 or found[0].ndim != 1 or found[0].size < 2:

@@ -1,9 +1,11 @@
 """Settings of a study that the command line shows: how runs are measured, and where they are run."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from selfalign.errors import UserError
+from selfalign.evaluation.metrics.distances import LEAST_EXTRAPOLATED
 from selfalign.sampling.settings import SamplingConfig
 
 FEATURES = ("inception", "dinov2", "classifier")
@@ -17,6 +19,8 @@ class Measurement:
 
     num: int = 1000
     """Samples for the Fréchet distance and the other metrics of samples."""
+    on_the_way: int | None = None
+    """Samples for the Fréchet distance while a run trains; left out: as many as at the end; 0: none."""
     features: str | None = None
     """inception, dinov2, classifier or timm:NAME; left out: the data set's classifier where it is
     small, else inception."""
@@ -33,6 +37,11 @@ class Measurement:
             raise UserError(
                 f"measurement.num is {self.num}: allowed is a number from {FEWEST_SAMPLES}"
             )
+        if self.on_the_way and self.on_the_way < FEWEST_SAMPLES:
+            raise UserError(
+                f"measurement.on_the_way is {self.on_the_way}: allowed are 0 and a number from "
+                f"{FEWEST_SAMPLES}"
+            )
         if self.heldout_pairs is not None and self.heldout_pairs < 10:
             raise UserError(
                 f"measurement.heldout_pairs is {self.heldout_pairs}: allowed is a number from 10"
@@ -43,6 +52,19 @@ class Measurement:
                 f"measurement.features is {self.features!r}: allowed are {', '.join(FEATURES)} and "
                 "timm:NAME"
             )
+
+    def distance(self, small: bool, num: int | None = None) -> str:
+        """Name of the Fréchet distance that runs are measured by.
+
+        Args:
+            small: whether the data set is one whose classifier gives the features where none are named.
+            num: of how many samples; None for those of the end.
+        """
+        name = self.features or ("classifier" if small else "inception")
+        if name == "inception":
+            return "fid"
+        enough = (self.num if num is None else num) >= LEAST_EXTRAPOLATED
+        return "fd_infinity" if name == "classifier" and enough else f"fd_{name}"
 
 
 @dataclass(frozen=True)
@@ -61,6 +83,9 @@ class LaunchConfig:
     """GPUs of each SLURM job."""
     minutes: int = 24 * 60
     """Time limit of each SLURM job; one that meets it is queued again and goes on."""
+    reuse: tuple[Path, ...] = ()
+    """Folders of other studies, whose finished runs are taken over where settings and measurement are the
+    same."""
 
     def __post_init__(self) -> None:
         for name, least in (("processes", 1), ("threads", 1), ("gpus", 0), ("minutes", 1)):

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from selfalign.study.costs import QualityCost, quality_cost
 from selfalign.study.estimates import Estimate, Layout, own_spread
 from selfalign.study.grid import Effect
 from selfalign.study.plan import Registration
+from selfalign.study.ratios import Ratio, SeparationCost, ratio, separation_cost
 from selfalign.study.results import DISTANCES, METRICS, RunResult, StudyResults
 from selfalign.study.verdicts import (
     HELDOUT_LOSS,
@@ -19,6 +20,9 @@ from selfalign.study.verdicts import (
     margin_weights,
     register,
 )
+
+GAP = "generalisation_gap"
+SEPARATED_LOSS = "heldout_separated"
 
 Reading = Callable[[RunResult], float | None]
 """A number of a finished run, or None where it was not measured."""
@@ -133,9 +137,18 @@ class Analysis:
     curves: Mapping[str, Mapping[str, Curve]]
     """By metric and variant."""
     costs: tuple[QualityCost, ...]
+    """Empty under a learning rate that falls: what is on the way there has not come down yet."""
     efficiency: Mapping[str, Mapping[str, Mapping[float, Estimate]]]
     """By metric, variant and train fraction; empty if only one was trained on."""
     trends: tuple[Trend, ...]
+    separations: Mapping[float, Sequence[SeparationCost]]
+    """What separation costs, by train fraction."""
+    shares: Mapping[tuple[str, str], Mapping[str, Ratio]]
+    """Which share of an effect's difference another's is: by both titles and headline metric."""
+    tuned: Mapping[str, Mapping[int, str]]
+    """The variant that was chosen, by tuned name and seed."""
+    reliance: Mapping[str, Sequence[Estimate]]
+    """Label reliance in equal bins of t, by variant."""
 
     @property
     def exploratory(self) -> int:
@@ -171,11 +184,19 @@ class Analysis:
                 for metric, variants in self.efficiency.items()
             },
             "effects_by_train_fraction": self.trends,
+            "separation_costs": _by_share(self.separations),
+            "shares": [
+                {"part": part, "whole": whole, "metric": metric, **asdict(found)}
+                for (part, whole), by_metric in self.shares.items()
+                for metric, found in by_metric.items()
+            ],
+            "tuned": self.tuned,
+            "label_reliance_by_timestep": self.reliance,
             "exploratory_intervals": self.exploratory,
         }
 
 
-def _by_share(points: Mapping[float, Estimate]) -> dict[str, Estimate]:
+def _by_share(points: Mapping[float, Any]) -> dict[str, Any]:
     return {f"{fraction:g}": estimate for fraction, estimate in points.items()}
 
 
@@ -189,17 +210,22 @@ def analyse(results: StudyResults) -> Analysis:
     headline = tuple(name for name in (HELDOUT_LOSS, distance) if name in metrics)
     registration = study.registration or register(grid, distance or DISTANCES[0], len(study.seeds))
     curve_metrics = [name for name in METRICS if any(run.curves.get(name) for run in full)]
-    swept = headline if len(study.train_fractions) > 1 else ()
+    swept = (*headline, GAP) if len(study.train_fractions) > 1 else ()
 
-    layouts = {name: lay_out(full, metric_reading(name)) for name in metrics}
-    if HELDOUT_LOSS in layouts and (errors := results.pair_errors(full)) is not None:
-        layouts[HELDOUT_LOSS] = Layout(layouts[HELDOUT_LOSS].values, errors)
+    def layout(name: str, some: Sequence[RunResult] = full) -> Layout:
+        return Layout(lay_out(some, metric_reading(name)).values, results.pair_errors(some, name))
+
+    layouts = {name: layout(name) for name in metrics}
+    tuned = choose_tuned(grid.tuned, layouts[HELDOUT_LOSS]) if HELDOUT_LOSS in metrics else {}
+    of_tuned = {(name, seed): v for name, found in tuned.items() for seed, v in found.items()}
 
     def estimate(effect: Effect, metric: str) -> EffectEstimate:
+        pool = grid.pool(effect)
+        part = layouts[metric].of(of_tuned if set(pool) == set(grid.tuned) else pool)
         margin = (
             margin_weights(effect, metric, grid.effects, registration) if registration else None
         )
-        return estimate_effect(layouts[metric], effect, metric, margin)
+        return estimate_effect(part, effect, metric, margin)
 
     effects = [estimate(effect, name) for effect in grid.effects for name in metrics]
     return Analysis(
@@ -222,7 +248,9 @@ def analyse(results: StudyResults) -> Analysis:
         },
         effects=tuple(adjust(effects, registration) if registration else effects),
         by_timestep={
-            effect.title: bins for effect in grid.effects if (bins := _by_timestep(full, effect))
+            effect.title: bins
+            for effect in grid.effects
+            if (bins := _by_timestep(full, effect, grid.pool(effect)))
         },
         curves={
             name: {
@@ -236,7 +264,7 @@ def analyse(results: StudyResults) -> Analysis:
             cost
             for name in curve_metrics
             for variant in grid.variants
-            if (cost := quality_cost(full, variant, grid.baseline, name))
+            if study.constant_rate and (cost := quality_cost(full, variant, grid.baseline, name))
         ),
         efficiency={
             name: {
@@ -253,19 +281,84 @@ def analyse(results: StudyResults) -> Analysis:
             effect_trend(runs, effect, name, study.train_fractions)
             for effect in grid.effects
             for name in swept
+            if not set(effect.weights) & set(grid.tuned)
         ),
+        separations={
+            fraction: [
+                found
+                for pair in grid.separations
+                if (found := separation_cost(*pair, *(one.of(grid.pool_of(pair)) for one in both)))
+            ]
+            for fraction in sorted(study.train_fractions)
+            if grid.separations and SEPARATED_LOSS in metrics
+            for both in [[layout(n, _of(runs, fraction)) for n in (HELDOUT_LOSS, SEPARATED_LOSS)]]
+        },
+        shares={pair: _shares(pair, effects, headline) for pair in grid.shares},
+        tuned=tuned,
+        reliance={
+            variant: means for variant in grid.variants if (means := _reliance(full, variant))
+        },
     )
+
+
+def choose_tuned(tuned: Mapping[str, Sequence[str]], losses: Layout) -> dict[str, dict[int, str]]:
+    """The variant that each tuned name stands for at each seed: the best at the other seeds.
+
+    Args:
+        tuned: the variants to choose from, by tuned name.
+        losses: the held-out losses.
+
+    Returns:
+        By tuned name and seed; without seeds at which a choice could not be made from all variants.
+    """
+    chosen: dict[str, dict[int, str]] = {}
+    for name, candidates in tuned.items():
+        chosen[name] = {}
+        for seed in losses.seeds:
+            others = [other for other in losses.seeds if other != seed]
+            means = {
+                candidate: math.fsum(losses.values.get((candidate, o), math.inf) for o in others)
+                for candidate in candidates
+            }
+            best = min(means, key=means.__getitem__)
+            if others and math.isfinite(means[best]):
+                chosen[name][seed] = best
+    return chosen
+
+
+def _shares(
+    pair: tuple[str, str], effects: Iterable[EffectEstimate], metrics: Iterable[str]
+) -> dict[str, Ratio]:
+    """By metric, which share of the second effect's difference the first one's is."""
+    known = {(e.effect.title, e.metric): e.difference for e in effects if e.difference}
+    found = {}
+    for metric in metrics:
+        part, whole = (known.get((title, metric)) for title in pair)
+        share = ratio(part.values, whole.values) if part and whole else None
+        if share is not None:
+            found[metric] = share
+    return found
+
+
+def _reliance(runs: Sequence[RunResult], variant: str) -> list[Estimate]:
+    """A variant's label reliance in equal bins of t; none where it was not measured."""
+    by_seed = {run.seed: run.reliance_by_timestep for run in runs if run.variant == variant}
+    bins = max(map(len, by_seed.values()), default=0)
+    values = [{seed: v[k] for seed, v in by_seed.items() if len(v) == bins} for k in range(bins)]
+    return [own_spread(value) for value in values]
 
 
 def _of(runs: Iterable[RunResult], fraction: float) -> list[RunResult]:
     return [run for run in runs if run.train_fraction == fraction]
 
 
-def _by_timestep(runs: Sequence[RunResult], effect: Effect) -> tuple[EffectEstimate, ...]:
-    """One estimate per bin of t; none while a bin lacks it."""
+def _by_timestep(
+    runs: Sequence[RunResult], effect: Effect, pool: Sequence[str]
+) -> tuple[EffectEstimate, ...]:
+    """One estimate per bin of t; none while a bin lacks it, or of tuned variants."""
     bins = max((len(run.heldout_by_timestep) for run in runs), default=0)
     found = [
-        estimate_effect(lay_out(runs, timestep_reading(k)), effect, HELDOUT_LOSS)
+        estimate_effect(lay_out(runs, timestep_reading(k)).of(pool), effect, HELDOUT_LOSS)
         for k in range(bins)
     ]
     return tuple(found) if all(e.difference for e in found) else ()

@@ -50,11 +50,13 @@ def register(grid: Grid, distance: str, seeds: int) -> Registration | None:
     tests = len(claimed) * len(metrics)
     if not tests:
         return None
-    degrees = (len(grid.variants) - 1) * (seeds - 1)
+    degrees = {effect.title: (len(grid.pool(effect)) - 1) * (seeds - 1) for effect in claimed}
     detectable = {
-        effect.title: smallest_detectable(unit_error(effect.weights, seeds), degrees, LEVEL / tests)
+        effect.title: smallest_detectable(
+            unit_error(effect.weights, seeds), degrees[effect.title], LEVEL / tests
+        )
         for effect in claimed
-        if degrees
+        if degrees[effect.title]
     }
     margins = {metric: MARGINS.get(metric, 0.05) for metric in metrics}
     titles = tuple(effect.title for effect in claimed)

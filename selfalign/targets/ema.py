@@ -32,6 +32,9 @@ class EMATarget(Target):
     same: the student's."""
     interval: float = 0.2
     """Largest amount by which a timestep below the student's lies below it."""
+    lag: Literal["timestep", "group"] = "timestep"
+    """Whether each of a sample's timesteps lies below by an amount of its own, or each token group's, also
+    where all groups share one timestep."""
     groups: bool = False
     """Whether the teacher sees the student's token groups (and separation), or the whole image."""
     labels: Literal["undropped", "dropped"] = "undropped"
@@ -80,6 +83,16 @@ class EMATarget(Target):
             return teacher.features(view.tokens, view.timesteps, condition, view.groups, (tap,))[
                 tap
             ]
+
+    def lags(self, levels: Float[Tensor, "B K"], one_timestep: bool) -> Float[Tensor, "B K"]:
+        """What the teacher's timesteps lie below the student's, where they do.
+
+        Args:
+            levels: uniform draws in [0, 1).
+            one_timestep: whether all groups of a sample share one timestep.
+        """
+        shared = one_timestep and self.lag == "timestep"
+        return self.interval * (levels[:, :1].expand_as(levels) if shared else levels)
 
     def view(self, views: Views, draw: Draw) -> View:
         """What the teacher sees.

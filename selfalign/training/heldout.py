@@ -10,15 +10,32 @@ from selfalign.data.source import Split
 from selfalign.flow import PATHS, velocity_error
 from selfalign.network import Backbone
 from selfalign.randomness import make_generator
-from selfalign.tokens import TokenGroups, one_group
+from selfalign.tokens import TokenGroups, group_sizes, one_group
+from selfalign.views import noised
 
 BINS = 10
 _SEED = 0  # not the run's: two runs compare on the same images, timesteps and noise
 
 
 @dataclass(frozen=True)
+class Seen:
+    """How held-out images are shown to a model, whatever it was trained with."""
+
+    mask_ratios: tuple[float, ...] = (1.0,)
+    """Share of the tokens in each group, drawn at random for every pair."""
+    separate: bool = False
+    """Whether tokens attend within their group only."""
+    several_timesteps: bool = False
+    """Whether the groups after the first have timesteps of their own, uniform in [0, 1]."""
+
+
+WHOLE = Seen()
+"""The image at one timestep, in which all tokens attend to each other: as models are sampled."""
+
+
+@dataclass(frozen=True)
 class HeldOutLoss:
-    """Mean squared velocity error of whole images at one timestep each (Eq. 2)."""
+    """Mean squared velocity error (Eq. 2)."""
 
     overall: float
     """Mean over t uniform in [0, 1]."""
@@ -58,6 +75,7 @@ def heldout_errors(
     samples: int,
     batch_size: int = 256,
     with_labels: bool = True,
+    seen: Seen = WHOLE,
 ) -> HeldOutErrors:
     """Evaluate a model's denoising error, pair by pair.
 
@@ -71,13 +89,14 @@ def heldout_errors(
         samples: pairs of image and timestep, rounded up to fill the bins evenly.
         batch_size: evaluated at once; has no effect on the samples.
         with_labels: whether the model is told the true labels, or the null label.
+        seen: how the images are shown; the bins are of the first group's timestep. Image, timestep and noise
+            of a pair are the same for all.
     """
     device, dtype = model.device, model.dtype
     samples = -(-samples // BINS) * BINS
     numbers = torch.arange(samples)
     bins, images = numbers % BINS, (numbers + numbers // BINS) % len(split)
-    groups = one_group(model.num_tokens)
-    errors = []
+    sizes, errors = group_sizes(seen.mask_ratios, model.num_tokens), []
     for indices in numbers.split(batch_size):
         x0, labels = split.read(images[indices].tolist())
         labels = labels if with_labels else torch.full_like(labels, model.null_label)
@@ -85,10 +104,16 @@ def heldout_errors(
         generators = [make_generator(_SEED, "heldout", i) for i in indices.tolist()]
         within = torch.cat([torch.rand(1, generator=g) for g in generators])
         noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators])
-        t = ((bins[indices] + within) / BINS).to(device, dtype)[:, None]
-        errors.append(
-            _errors(model, path, x0.to(device, dtype), noise.to(device, dtype), t, labels, groups)
-        )
+        t = ((bins[indices] + within) / BINS)[:, None].expand(-1, len(sizes))
+        groups = one_group(model.num_tokens)
+        if len(sizes) > 1:
+            order = torch.stack([torch.rand(model.num_tokens, generator=g) for g in generators])
+            groups = TokenGroups(order.argsort(dim=1).to(device), sizes, separate=seen.separate)
+        if seen.several_timesteps:
+            others = [torch.rand(len(sizes) - 1, generator=g) for g in generators]
+            t = torch.cat([t[:, :1], torch.stack(others)], dim=1)
+        x0, noise, t = (tensor.to(device, dtype) for tensor in (x0, noise, t))
+        errors.append(_errors(model, path, x0, noise, t, labels, groups))
     return HeldOutErrors(torch.cat(errors).double().cpu(), images, bins)
 
 
@@ -136,7 +161,8 @@ def _errors(
     groups: TokenGroups,
 ) -> Float[Tensor, "B"]:
     path = PATHS[path_name]
-    clean, noisy = model.grid.patchify(x0), model.grid.patchify(noise)
-    xt = path.interpolate(clean, noisy, t[..., None])
-    target = path.velocity(clean, noisy, t[..., None])
-    return velocity_error(model(xt, t, labels.to(t.device), groups).velocity, target)
+    clean, epsilon = (groups.sort(model.grid.patchify(samples)) for samples in (x0, noise))
+    view = noised(clean, epsilon, path, t, groups)
+    target = path.velocity(clean, epsilon, groups.broadcast(t[..., None]))
+    output = model(view.tokens, view.timesteps, labels.to(t.device), groups)
+    return velocity_error(output.velocity, target)

@@ -29,6 +29,7 @@ from selfalign.student import build_student
 from selfalign.training.checkpoint import (
     WEIGHTS,
     CheckpointState,
+    choose_checkpoint,
     is_monitored,
     load_optimizer,
     load_weights,
@@ -112,6 +113,12 @@ def begin(
     if checkpoint is not None:
         with together(accelerator):
             _restore(state, checkpoint)
+    elif training.start_from is not None:
+        with together(accelerator):
+            weights = list(WEIGHTS.values())
+            start = choose_checkpoint(Path(training.start_from) / "checkpoints", None, weights)
+            load_weights(start, student, WEIGHTS["raw"])
+            load_weights(start, ema.model, WEIGHTS["ema"])
     return state
 
 

@@ -69,12 +69,14 @@ class TestSamples:
             "class_consistency",
             "memorised_share",
             "nearer_than_heldout",
+            "planted_copies_found",
         }
         assert values["class_consistency"] == found.settings["features"]["heldout_accuracy"] > 0.97
         assert values["precision"] > 0.8 and values["recall"] > 0.8
         # They are the held-out images that they are measured by.
         assert values["memorised_share"] == pytest.approx(0.05, abs=0.003)
         assert values["nearer_than_heldout"] == pytest.approx(0.5)
+        assert values["planted_copies_found"] > 0.9
         assert found.baseline["fd_classifier"] == found.metrics["fd_classifier"]
 
     def test_the_distance_is_that_of_the_classifiers_features(self, heldout: Path) -> None:

@@ -13,6 +13,7 @@ from selfalign.evaluation.estimate import from_share
 from selfalign.evaluation.frechet import (
     Gaussian,
     Moments,
+    extrapolated_distance,
     fit,
     frechet_distance,
     frechet_estimate,
@@ -21,7 +22,12 @@ from selfalign.evaluation.metrics.consistency import class_consistency
 from selfalign.evaluation.metrics.inception_score import inception_score
 from selfalign.evaluation.metrics.kid import draw_subsets, kernel_distance
 from selfalign.evaluation.metrics.memorisation import memorisation
-from selfalign.evaluation.neighbours import nearest, precision_recall, squared_radii
+from selfalign.evaluation.neighbours import (
+    nearest,
+    precision_recall,
+    several_nearest,
+    squared_radii,
+)
 
 
 def features(count: int, dimensions: int, seed: int, spread: float = 1.0) -> Tensor:
@@ -225,14 +231,61 @@ class TestNearest:
         torch.testing.assert_close(distances, expected.values)
         assert torch.equal(indices, expected.indices)
 
+    def test_several_neighbours_across_parts(self) -> None:
+        distances, indices = several_nearest(FIRST[:50], SECOND.split(300), 3)
+        expected = torch.cdist(FIRST[:50].double(), SECOND.double()).topk(3, largest=False)
+        torch.testing.assert_close(distances, expected.values)
+        assert torch.equal(indices, expected.indices)
+        alone, _ = several_nearest(FIRST[:2], [SECOND[:1]], 2)
+        assert alone[:, 1].isinf().all()
+
     def test_copies_are_memorised_and_fresh_images_are_not(self) -> None:
         train, heldout, fresh = (features(1000, 24, seed) for seed in (10, 11, 12))
-        to_train = [nearest(x, [train])[0] for x in (train[:400], fresh, heldout)]
-        share, chance = memorisation(to_train[0], to_train[2])
-        assert (share.value, chance.value) == (1, 1)
-        share, chance = memorisation(to_train[1], to_train[2])
+        copies = train[:400] + 0.1 * features(400, 24, 13)
+        ratios = []
+        for images in (copies, fresh, heldout):
+            both, _ = several_nearest(images, [train], 2)
+            ratios.append(both[:, 0] / both[:, 1])
+        share, chance = memorisation(ratios[0], ratios[2])
+        assert share.value > 0.99 and chance.value > 0.99
+        share, chance = memorisation(ratios[1], ratios[2])
         assert share.value == pytest.approx(0.05, abs=0.03)
         assert chance.value == pytest.approx(0.5, abs=0.05)
+
+    def test_a_dense_region_is_no_copy(self) -> None:
+        """Samples nearer to training images than held-out ones are, and to many of them alike."""
+        train, heldout = features(1000, 24, 10), features(1000, 24, 11)
+        inner = 0.3 * features(500, 24, 12)
+        both, _ = several_nearest(torch.cat([inner, heldout]), [train], 2)
+        of_inner, of_heldout = (both[:, 0] / both[:, 1]).split([500, 1000])
+        assert both[:500, 0].mean() < 0.9 * both[500:, 0].mean()
+        assert memorisation(of_inner, of_heldout)[0].value < 0.08
+
+
+class TestExtrapolation:
+    """Sets of one distribution are at distance 0, however few there are."""
+
+    def test_the_bias_is_gone(self) -> None:
+        plain, extrapolated = [], []
+        for seed in range(6):
+            samples, reference = features(600, 16, 2 * seed), features(400, 16, 2 * seed + 1)
+            plain.append(frechet_distance(fit(samples), fit(reference)))
+            extrapolated.append(extrapolated_distance(samples, reference).value)
+        assert min(plain) > 0.03
+        assert abs(sum(extrapolated)) / 6 < 0.15 * sum(plain) / 6
+
+    def test_a_difference_stays(self) -> None:
+        shift = torch.zeros(16)
+        shift[0] = 2.0
+        samples, reference = features(600, 16, 0) + shift, features(400, 16, 1)
+        estimate = extrapolated_distance(samples, reference)
+        assert estimate.value == pytest.approx(4, abs=4 * estimate.standard_error + 0.4)
+
+    def test_refusals(self) -> None:
+        with pytest.raises(UserError, match="at least 80 samples, here are 79"):
+            extrapolated_distance(features(79, 4, 0), features(400, 4, 1))
+        with pytest.raises(UserError, match="at least 40 reference images, here are 39"):
+            extrapolated_distance(features(80, 4, 0), features(39, 4, 1))
 
 
 def test_class_consistency() -> None:

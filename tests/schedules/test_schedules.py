@@ -30,7 +30,12 @@ def timesteps_of(schedule, groups):
 
 
 def test_these_are_all():
-    assert parts.names("schedule") == ("independent", "single")
+    assert parts.names("schedule") == (
+        "independent",
+        "single",
+        "stratified",
+        "stratified-independent",
+    )
     assert parts.older_names("schedule") == ("dual",)
 
 
@@ -63,3 +68,48 @@ def test_groups_timesteps_are_independent_and_each_follows_p_of_t(name):
 def test_several_timesteps_need_several_groups():
     with pytest.raises(UserError, match=r"views\.timesteps is 'independent': needs two or more"):
         resolved("sit", {"views.timesteps": "independent"})
+
+
+LOGIT = {
+    "flow.timestep_distribution": "logit-normal",
+    "flow.logit_mean": 0.4,
+    "flow.logit_std": 0.7,
+}
+
+
+@pytest.mark.parametrize("settings", [{}, LOGIT], ids=["uniform", "logit-normal"])
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        ("sit", "stratified"),
+        ("sra-as", "stratified"),
+        ("sra-dts", "stratified-independent"),
+        ("sra-dts-as", "stratified-independent"),
+    ],
+)
+def test_every_stratum_has_one_sample(recipe, name, settings):
+    config = resolved(recipe, {"views.timesteps": name, **settings}, image_size=(4, 4))
+    timesteps = draw_of(config, batch=64).timesteps
+    levels = timesteps.double()
+    if settings:
+        levels = torch.special.ndtr((torch.logit(levels) - 0.4) / 0.7)
+    for group in levels.T:
+        assert sorted((64 * group).floor().long().tolist()) == list(range(64))
+    if name == "stratified":
+        assert torch.equal(timesteps, timesteps[:, :1].expand_as(timesteps))
+    else:
+        assert abs(torch.corrcoef(timesteps.T)[0, 1]) < 0.3, "strata in an order of their own"
+
+
+def test_a_samples_stratified_timestep_follows_p_of_t():
+    config = resolved("sit", {"views.timesteps": "stratified"}, image_size=(4, 4))
+    first = [draw_of(config, batch=8, seed=seed).timesteps[0, 0] for seed in range(2_000)]
+    assert stats.kstest(torch.stack(first).numpy(), "uniform").pvalue > 1e-3
+
+
+def test_stratified_timesteps_stay_near_those_of_the_plain_schedule():
+    plain, even = (
+        draw_of(resolved("sra", {"views.timesteps": name}, image_size=(4, 4)), batch=64).timesteps
+        for name in ("single", "stratified")
+    )
+    assert torch.equal(plain[:, 0].argsort(), even[:, 0].argsort())

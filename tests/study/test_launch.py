@@ -1,6 +1,7 @@
 """Runs of a study, launched for real: side by side, failing, killed and gone on with."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -14,10 +15,13 @@ import pytest
 from selfalign import cli
 from selfalign.sampling.settings import SamplingConfig
 from selfalign.study.grid import Grid, Variant
+from selfalign.study.job import run_job
 from selfalign.study.launch import launch
-from selfalign.study.plan import Job, Study, write_study
+from selfalign.study.plan import Job, Study, read_study, write_study
 from selfalign.study.results import METRICS, StudyResults, read_results
+from selfalign.study.reuse import take_over
 from selfalign.study.settings import LaunchConfig, Measurement
+from selfalign.training.tracking import read_metrics
 
 SETTINGS = {
     "model.size": "tiny/4",
@@ -74,7 +78,7 @@ def test_every_run_is_measured(finished: Path) -> None:
     results = read_results(finished)
     assert [run.variant for run in results.done] == ["sit", "sra-dts-as"]
     for run in results.done:
-        small = {"fd_dinov2", "fid", "sfid", "inception_score"}
+        small = {"fd_infinity", "fd_dinov2", "fid", "sfid", "inception_score"}
         assert set(run.metrics) == set(METRICS) - small
         assert [step for step, _ in run.curves["heldout_loss"]] == [3, 6]
         assert [step for step, _ in run.curves["fd_classifier"]] == [3, 6]
@@ -84,12 +88,18 @@ def test_every_run_is_measured(finished: Path) -> None:
         assert len(run.heldout_by_timestep) == 10
         assert run.seconds_per_step > 0 and run.flops_per_step > 0
         assert run.heldout_images["fd_classifier"] > 0
-    errors = results.pair_errors(results.done)
-    for run in results.done:
-        kept = errors.by_run[run.variant, run.seed]
-        assert len(kept) == 20 and kept.mean() == pytest.approx(
-            run.metrics["heldout_loss"], rel=1e-6
-        )
+    for name in (
+        "heldout_loss",
+        "heldout_raw",
+        "heldout_separated",
+        "heldout_dual",
+        "label_reliance",
+    ):
+        errors = results.pair_errors(results.done, name)
+        for run in results.done:
+            kept = errors.by_run[run.variant, run.seed]
+            assert len(kept) == 20 and kept.mean() == pytest.approx(run.metrics[name], rel=1e-5)
+    assert results.pair_errors(results.done, "fd_classifier") is None
 
 
 def test_a_failed_run_is_reported_and_stops_no_other(finished: Path) -> None:
@@ -119,6 +129,33 @@ def test_a_killed_study_goes_on_where_it_was(finished: Path, tmp_path: Path) -> 
     study.wait()
     assert list(launch(tmp_path, LaunchConfig(processes=1)))[-1].done == 2
     assert _without_clocks(read_results(tmp_path)) == _without_clocks(read_results(finished))
+
+
+def test_a_run_starts_from_another_and_finished_ones_are_taken_over(
+    finished: Path, tmp_path: Path
+) -> None:
+    later = Variant("sra", {"training.steps": 3}, after="both")
+    grid = Grid("later", {"both": GRID.variants["sra-dts-as"], "then-whole": later})
+    study = Study(grid, SETTINGS, (0, 1), measurement=MEASUREMENT)
+    write_study(tmp_path, study)
+    assert take_over(tmp_path, study, finished, read_study(finished)) == ["both/seed_0"]
+    assert take_over(tmp_path, study, finished, read_study(finished)) == [], (
+        "nothing is taken twice"
+    )
+    run_job(tmp_path, "then-whole/seed_0")
+    base, then = read_results(tmp_path).done
+    assert base.variant == "both" and base.folder == "runs/both/seed_0"
+    assert then.config["training"]["start_from"] == str(tmp_path / base.folder)
+    drawn, first = (
+        next(line["denoising_loss"] for line in read_metrics(tmp_path / run.folder))
+        for run in (base, then)
+    )
+    assert first < 0.98 * drawn, "it goes on, and does not begin anew"
+    # Where the first run is missing, the second makes it.
+    run_job(tmp_path, "then-whole/seed_1")
+    assert {run.seed for run in read_results(tmp_path).done if run.variant == "both"} == {0, 1}
+    other = dataclasses.replace(study, measurement=dataclasses.replace(MEASUREMENT, num=21))
+    assert take_over(tmp_path / "new", other, finished, read_study(finished)) == []
 
 
 def test_stopping_a_study_leaves_its_runs_at_a_checkpoint(tmp_path: Path) -> None:

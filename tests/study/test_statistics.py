@@ -153,7 +153,10 @@ class TestHeldOutErrors:
             if number < keep:
                 bins = np.zeros(20, np.int64)
                 np.savez(
-                    run / ERRORS_FILE, errors=errors.astype("f4"), images=np.arange(20), bins=bins
+                    run / ERRORS_FILE,
+                    heldout_loss=errors.astype("f4"),
+                    images=np.arange(20),
+                    bins=bins,
                 )
         return StudyResults(Study(GRID, {}, (0, 1)), tuple(runs), folder=folder)
 
@@ -169,12 +172,12 @@ class TestHeldOutErrors:
         [
             lambda path: path.write_bytes(b"PK\x03\x04"),
             lambda path: path.write_bytes(b""),
-            lambda path: np.savez(path, errors=np.zeros(20)),
+            lambda path: np.savez(path, heldout_loss=np.zeros(20)),
             lambda path: np.savez(
-                path, errors=np.zeros(3), images=np.zeros(2, int), bins=np.zeros(3, int)
+                path, heldout_loss=np.zeros(3), images=np.zeros(2, int), bins=np.zeros(3, int)
             ),
             lambda path: np.savez(
-                path, errors=np.zeros(3), images=-np.ones(3, int), bins=np.zeros(3, int)
+                path, heldout_loss=np.zeros(3), images=-np.ones(3, int), bins=np.zeros(3, int)
             ),
         ],
     )
@@ -188,5 +191,5 @@ class TestHeldOutErrors:
     def test_errors_on_other_pairs_do_not_count(self, tmp_path):
         results = self.study(tmp_path)
         file = tmp_path / results.done[0].folder / ERRORS_FILE
-        np.savez(file, errors=np.zeros(9), images=np.arange(9), bins=np.zeros(9, int))
-        assert results.pair_errors(results.done) is None
+        np.savez(file, heldout_loss=np.zeros(9), images=np.arange(9), bins=np.zeros(9, int))
+        assert results.pair_errors(results.done, "heldout_loss") is None

@@ -17,6 +17,7 @@ from support import (
 )
 
 from selfalign import Objective, Pass, UserError, build_student
+from selfalign.config import config_from_dict, config_to_dict
 from selfalign.flow import PATHS
 from selfalign.targets.ema import EMATarget
 from selfalign.tokens import unpatchify
@@ -38,6 +39,26 @@ class TestView:
         assert (teacher >= (student - 0.3)).all()
         assert teacher.min() == 0  # some are clamped, none is negative
         assert torch.equal(teacher, (student - draw.teacher_interval).clamp(0, 1))
+
+    def test_there_is_a_lag_for_each_timestep_and_as_released_for_each_group(self):
+        draws = {
+            name: draw_of(resolved(name))
+            for name in ("sra", "sra-as", "sra-as-released", "sra-dts", "sra-dts-as")
+        }
+        lags = {name: draw.teacher_interval for name, draw in draws.items()}
+        assert torch.equal(lags["sra-as"], lags["sra"].expand_as(lags["sra-as"])), "a pure switch"
+        assert torch.equal(lags["sra-as-released"][:, :1], lags["sra"])
+        assert torch.equal(lags["sra-dts-as"], lags["sra-dts"])
+        assert (lags["sra-as-released"][:, 0] != lags["sra-as-released"][:, 1]).all()
+        for part in ("noise", "timesteps", "order", "label_dropout"):
+            pure, released = (getattr(draws[name], part) for name in ("sra-as", "sra-as-released"))
+            assert torch.equal(pure, released)
+
+    def test_runs_begun_before_there_was_a_choice_go_on_as_they_were(self):
+        written = config_to_dict(resolved("sra-as"))
+        assert config_from_dict(written).targets["ema"].lag == "timestep"
+        del written["targets"]["ema"]["lag"]
+        assert config_from_dict(written).targets["ema"].lag == "group"
 
     def test_self_flow_sees_the_whole_image_at_the_smaller_timestep(self):
         config = resolved("self-flow")

@@ -1,8 +1,10 @@
 """Fréchet distances of Gaussian fits: FID, sFID, and those of other features, never called FID."""
 
+import dataclasses
+import math
 from typing import ClassVar
 
-from selfalign.evaluation.estimate import GROUPS
+from selfalign.evaluation.estimate import GROUPS, Estimate
 from selfalign.evaluation.metrics import (
     INCEPTION,
     LOWER,
@@ -12,7 +14,13 @@ from selfalign.evaluation.metrics import (
     Metric,
     Need,
     at_least,
+    at_least_reference,
 )
+
+CLASSIFIERS = 4
+"""Two of each half of the training images."""
+LEAST_EXTRAPOLATED = 500
+"""Samples of whose quarters a Fréchet distance can be measured."""
 
 
 def _statistics(kind: str, names: str) -> Need:
@@ -65,3 +73,56 @@ class FrechetDistance(FID):
         Need(lambda a: "other --features than inception" if a.network == "inception" else None),
         *FID.needs[1:],
     )
+
+
+class UnbiasedDistance(Metric):
+    """The Fréchet distance on features of the data set's own classifiers, without their usual biases.
+
+    The number of images is extrapolated to infinity; classifier and reference are of different halves of
+    the training images, each half in turn; and the mean is over several classifiers.
+    """
+
+    name = "fd-infinity"
+    values: ClassVar = {"fd_infinity": LOWER}
+    needs = (
+        Need(lambda a: None if a.network == "classifier" else "--features classifier"),
+        Need(lambda a: None if a.heldout_images else "a data set as --reference"),
+        at_least(LEAST_EXTRAPOLATED),
+        at_least_reference(8 * GROUPS),
+    )
+    reads = frozenset()
+    of_heldout = True
+
+    def on_request(self, available: Available) -> bool:
+        """Several classifiers are trained for it."""
+        return True
+
+    def measure(self, evidence: Evidence) -> Finding:
+        """See `extrapolated_distance`."""
+        from selfalign.evaluation.classifier import get_classifier, halves
+        from selfalign.evaluation.features import FeatureNetwork
+        from selfalign.evaluation.frechet import extrapolated_distance
+        from selfalign.evaluation.reference import ReferenceSource, measure
+
+        setup = evidence.setup
+        source, images, data = setup.source, evidence.reference.images, setup.data
+        assert source is not None and images is not None and data is not None
+        found = []
+        for number in range(CLASSIFIERS):
+            half = number % 2
+            module = get_classifier(source, data.name, number // 2, half).module
+            own = dataclasses.replace(setup, network=FeatureNetwork("classifier", module))
+            others = images.choose(halves(len(images))[1 - half].tolist(), f"half {1 - half}")
+            reference = measure(
+                ReferenceSource(others.name, others.fingerprint, others),
+                own.network,
+                own.parts,
+                setup.accelerator,
+            )
+            features = own.features(evidence.samples, frozenset({"features"}))["features"]
+            assert reference.features is not None
+            found.append(extrapolated_distance(features, reference.features))
+        # The samples are the same for all classifiers, so their errors do not average out.
+        error = math.fsum(estimate.standard_error for estimate in found) / len(found)
+        mean = math.fsum(estimate.value for estimate in found) / len(found)
+        return Finding({"fd_infinity": Estimate(mean, error)})

@@ -22,7 +22,8 @@ from selfalign.pages.figures import (
 from selfalign.pages.render import render
 from selfalign.records import read_plain
 from selfalign.study.grid import Effect, Row, Table
-from selfalign.study.paper import GRIDS, QUESTION
+from selfalign.study.grids import GRIDS
+from selfalign.study.paper import PAPER, QUESTION, TWO_BY_TWO
 from selfalign.study.plan import Study
 from selfalign.study.profiles import PROFILES
 from selfalign.study.report import pictures, provenance
@@ -116,6 +117,7 @@ def _numbers(results: StudyResults, analysis: Analysis) -> dict[str, Any]:
 def _render(folder: Path, results: StudyResults, analysis: Analysis) -> bytes:
     study, grid = results.study, results.study.grid
     jobs = provenance.representatives(study)
+    of_paper = grid.name in (PAPER.name, TWO_BY_TWO.name)
     styles = {
         name: style for style, name in enumerate(dict.fromkeys([grid.baseline, *grid.variants]))
     }
@@ -127,11 +129,15 @@ def _render(folder: Path, results: StudyResults, analysis: Analysis) -> bytes:
         results=results,
         study=study,
         grid=grid,
+        built_in=grid.name in GRIDS,
+        of_paper=of_paper or grid.name not in GRIDS,
         analysis=analysis,
         metrics=METRICS,
         profile=PROFILES.get(study.profile),
         total=len(study.jobs()),
-        title=QUESTION if grid.name in GRIDS else f"What sets the variants of {grid.name} apart?",
+        title=QUESTION
+        if grid.name in (PAPER.name, "2x2")
+        else f"What sets the variants of {grid.name} apart?",
         verdicts=Counter(e.verdict for e in analysis.effects if e.verdict),
         facts=_facts(results),
         forests=_forests(analysis),
@@ -139,8 +145,6 @@ def _render(folder: Path, results: StudyResults, analysis: Analysis) -> bytes:
         tables=grid.tables or (every,),
         beside_paper=any(row.paper for table in grid.tables for row in table.rows),
         curves=_curves(analysis, study, styles),
-        not_constant="training.schedule" in study.settings
-        and study.settings["training.schedule"] != "constant",
         efficiency=_efficiency(analysis, study, styles),
         strips=pictures.sample_strips(folder, full, study.seeds[0], pictures.class_names(jobs)),
         **_diagrams(jobs),

@@ -8,7 +8,7 @@ from typing import Any
 from selfalign.config import RunConfig, config_to_dict, override
 from selfalign.pages.settings import Settings, compare, flatten
 from selfalign.recipes import recipe
-from selfalign.study.paper import GRIDS
+from selfalign.study.grids import GRIDS
 from selfalign.study.plan import Job, Study
 from selfalign.study.profiles import PROFILES
 from selfalign.study.results import RunResult
@@ -62,6 +62,8 @@ def train_command(study: Study, job: Job) -> str:
     base = flatten(config_to_dict(recipe(name)))
     changed = {k: v for k, v in flatten(config_to_dict(job.config)).items() if v != base[k]}
     out = f"runs/{job.name}"
+    if job.after is not None:
+        changed["training.start_from"] = f"runs/{job.after.name}"
     return shlex.join(["selfalign", "train", name, "--out", out, *_options(changed)])
 
 

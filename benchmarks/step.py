@@ -16,17 +16,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from data import write_shards
-from reference import ReferenceSiT, reference_losses, reference_sde, update_ema
+from reference import reference_sde
+from sides import ReferenceStep, alternate, make_config, spread
 
-from selfalign import ResolvedConfig, draw_views, make_generator, recipe, resolve
-from selfalign.backbones.sit.sizes import parse_size
+from selfalign import ResolvedConfig
 from selfalign.benchmark.cost import step_cost
 from selfalign.benchmark.limit import StepLimit, measure_limit, measure_rates
 from selfalign.benchmark.measure import StepBenchmark, make_model, peak_memory_mb
@@ -40,99 +40,6 @@ from selfalign.sections import DataConfig
 
 PAIRS = 15
 FOLDER = Path(__file__).parent
-
-
-def make_config(
-    name: str, size: str, channels: int, side: int, batch: int, **more: Any
-) -> ResolvedConfig:
-    """A resolved tree for made-up data with ten classes."""
-    overrides = {"model.size": size, "training.batch_size": batch, "training.trackers": ()}
-    return resolve(recipe(name, {**overrides, **more}), channels, (side, side), 10)
-
-
-class ReferenceStep:
-    """The reference's training step on the same data, weights and draws."""
-
-    def __init__(self, config: ResolvedConfig, product: StepBenchmark | None = None) -> None:
-        self.config, model = config, config.model
-        settings = {
-            "channels": model.channels,
-            "image_size": model.image_size,
-            "patch_size": model.patch_size,
-            "num_classes": model.num_classes,
-            "qk_norm": model.qk_norm,
-            **dataclasses.asdict(parse_size(model.size)[0]),
-        }
-        self.student, self.teacher = (ReferenceSiT(**settings) for _ in range(2))
-        if product is not None:
-            self.student.load_state_dict(product.take_step.student.state_dict())
-        self.teacher.load_state_dict(self.student.state_dict())
-        self.teacher.requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.student.parameters(), 1e-4, weight_decay=0.0)
-        generator = torch.Generator().manual_seed(0)
-        batch = config.training.batch_size
-        self.x0 = torch.randn(batch, model.channels, *model.image_size, generator=generator)
-        self.labels = torch.randint(model.num_classes, (batch,), generator=generator)
-        self.step = 0
-
-    def __call__(self) -> float:
-        config = self.config
-        alignment, ema = config.terms["alignment"], config.targets["ema"]
-        started = time.perf_counter()
-        generator = make_generator(0, "views", self.step)
-        draw = draw_views(config, self.x0.shape, generator)
-        tokens = config.model.num_tokens
-        group_ids = torch.zeros(len(self.x0), tokens, dtype=torch.long)
-        if draw.order is not None:
-            first = int(config.views.mask_ratios[0] * tokens)
-            group_ids.fill_(1).scatter_(1, draw.order[:, :first], 0)
-        out = reference_losses(
-            self.student,
-            self.teacher,
-            self.x0,
-            torch.where(draw.label_dropout, config.model.num_classes, self.labels),
-            noise=draw.noise,
-            timesteps=draw.timesteps,
-            teacher_interval=draw.teacher_interval,
-            group_ids=group_ids,
-            teacher_labels=self.labels,
-            method={
-                "path": config.flow.path,
-                "separate": config.views.attention == "separated",
-                "teacher_timestep": ema.timestep,
-                "teacher_groups": ema.groups,
-                "student_block": alignment.tap(config),
-                "teacher_block": ema.tap(config),
-                "distance": alignment.distance,
-                "weight": alignment.weight,
-            },
-        )
-        out["total"].backward()
-        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        update_ema(self.teacher, self.student, 0.9999)
-        self.step += 1
-        return time.perf_counter() - started
-
-
-def alternate(
-    first: Callable[[], float], second: Callable[[], float], pairs: int = PAIRS, warmup: int = 2
-) -> tuple[list[float], list[float]]:
-    """Seconds of both sides, taken in turn."""
-    for _ in range(warmup):
-        first()
-        second()
-    taken: tuple[list[float], list[float]] = ([], [])
-    for _ in range(pairs):
-        taken[0].append(first())
-        taken[1].append(second())
-    return taken
-
-
-def spread(values: list[float]) -> str:
-    """Median, and the range of all values."""
-    return f"{statistics.median(values):.4g} [{min(values):.4g}, {max(values):.4g}]"
 
 
 def against_limit(config: ResolvedConfig, step: StepBenchmark) -> dict[str, Any]:
@@ -174,7 +81,7 @@ def tokens_1024() -> dict[str, Any]:
 def _against_both(config: ResolvedConfig) -> dict[str, Any]:
     product = StepBenchmark(config)
     reference = ReferenceStep(config, product)
-    own, other = alternate(product, reference)
+    own, other = alternate(product, reference, PAIRS)
     ratios = [b / a for a, b in zip(own, other, strict=True)]
     del reference
     gc.collect()
@@ -245,7 +152,7 @@ def separation() -> dict[str, Any]:
     """sra-dts-as against self-flow, 1024 tokens: separation must make training cheaper."""
     separated = StepBenchmark(make_config("sra-dts-as", "S/2", 4, 64, 2))
     full = StepBenchmark(make_config("self-flow", "S/2", 4, 64, 2))
-    own, other = alternate(separated, full)
+    own, other = alternate(separated, full, PAIRS)
     ratios = [a / b for a, b in zip(own, other, strict=True)]
     return {"cost_of_separated_over_full": spread(ratios)}
 
@@ -350,7 +257,7 @@ def compiled() -> dict[str, Any]:
         eager = StepBenchmark(config)
         training = dataclasses.replace(config.training, compile=True)
         fast = StepBenchmark(dataclasses.replace(config, training=training))
-        own, other = alternate(fast, eager, warmup=3)
+        own, other = alternate(fast, eager, PAIRS, warmup=3)
         graphs = torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
         ratios = [b / a for a, b in zip(own, other, strict=True)]
         results[label] = {"speed_against_eager": spread(ratios), "graphs": graphs}
@@ -383,7 +290,7 @@ def sampling() -> dict[str, Any]:
         )
         return time.perf_counter() - started
 
-    mine, theirs = alternate(own, other, warmup=1)
+    mine, theirs = alternate(own, other, PAIRS, warmup=1)
     shares = []
     for _ in range(PAIRS):
         limit, _ = measure_sampling_limit(config, settings, 4, repetitions=3)
@@ -439,7 +346,7 @@ def loader() -> dict[str, Any]:
             ("latents, S/2", latents, 8, small),
         ):
             consumed = functools.partial(_consume, split, batch)
-            given, taken = alternate(consumed, take_step)
+            given, taken = alternate(consumed, take_step, PAIRS)
             results[name] = {
                 "loader_images_per_second": spread([50 * batch / s for s in given]),
                 "step_images_per_second": spread([batch / s for s in taken]),

@@ -18,7 +18,9 @@ T = TypeVar("T")
 _OTHER_WAYS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
 
-def open_accelerator(mixed_precision: str = "no", **settings: Any) -> Accelerator:
+def open_accelerator(
+    mixed_precision: str = "no", tf32: bool = True, **settings: Any
+) -> Accelerator:
     """Device and processes, as a launcher gives them; the arithmetic is as it is said here.
 
     accelerate reads what is left unsaid from variables that `accelerate launch` and people's profiles
@@ -26,6 +28,7 @@ def open_accelerator(mixed_precision: str = "no", **settings: Any) -> Accelerato
 
     Args:
         mixed_precision: "no", "bf16" or "fp16".
+        tf32: multiply float32 matrices on NVIDIA GPUs in TF32, as the released code does.
         settings: more arguments of Accelerator.
 
     Raises:
@@ -42,6 +45,8 @@ def open_accelerator(mixed_precision: str = "no", **settings: Any) -> Accelerato
     if "WORLD_SIZE" in os.environ and not torch.accelerator.is_available():
         # Without this, accelerate takes each of torchrun's processes on CPUs for the only one.
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    if torch.cuda.is_available():  # the switch would change arithmetic elsewhere too
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     # accelerate keeps the precision of a process's first accelerator; every run has its own.
     AcceleratorState._reset_state()
     try:

@@ -17,8 +17,8 @@ from selfalign.benchmark.limit import seconds_of, synchronize
 from selfalign.config import ResolvedConfig
 from selfalign.network import Backbone
 from selfalign.student import build_student
+from selfalign.training.accelerator import make_accelerator
 from selfalign.training.ema import EMA
-from selfalign.training.loop import make_accelerator
 from selfalign.training.step import TrainingStep, make_optimizer
 
 

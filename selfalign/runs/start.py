@@ -24,6 +24,7 @@ from selfalign.runs.folder import (
     write_config,
 )
 from selfalign.runs.monitors import default_monitors
+from selfalign.training.accelerator import make_accelerator
 from selfalign.training.checkpoint import (
     checkpoints,
     choose_checkpoint,
@@ -36,7 +37,6 @@ from selfalign.training.loop import (
     Progress,
     TrainingState,
     begin,
-    make_accelerator,
     train,
 )
 from selfalign.training.tracking import read_metrics

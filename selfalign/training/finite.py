@@ -1,16 +1,20 @@
 """Steps whose loss or gradient is not finite: they move nothing, and are noticed without waiting."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from selfalign.data.datasets import image_name
-from selfalign.data.source import Split
-from selfalign.data.stream import BatchOfMicroStep
 from selfalign.errors import UserError
 from selfalign.sections import TrainingConfig
 from selfalign.weights import listed
+
+if TYPE_CHECKING:  # a step by itself needs no images and no files
+    from selfalign.data.source import Split
+    from selfalign.data.stream import BatchOfMicroStep
 
 
 class FiniteSteps:
@@ -89,6 +93,8 @@ def explain(first: int, training: TrainingConfig, batches: Sequence[BatchOfMicro
         training: the settings.
         batches: one per process: what it read.
     """
+    from selfalign.data.datasets import image_name
+
     accumulated = training.gradient_accumulation
     indices: list[int] = []
     bad: list[int] = []

@@ -14,17 +14,15 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from selfalign.config import ResolvedConfig
 from selfalign.data.source import DataSource
 from selfalign.data.stream import BatchOfMicroStep, training_batches
-from selfalign.errors import Interrupted, UserError
+from selfalign.errors import Interrupted
 from selfalign.network import Backbone
 from selfalign.objective import Losses
-from selfalign.processes import open_accelerator, together
+from selfalign.processes import together
 from selfalign.records import read_json
-from selfalign.sections import TrainingConfig
 from selfalign.student import build_student
 from selfalign.training.checkpoint import (
     WEIGHTS,
@@ -40,8 +38,6 @@ from selfalign.training.ema import EMA
 from selfalign.training.finite import explain
 from selfalign.training.step import TrainingStep, learning_rate, make_optimizer
 from selfalign.training.tracking import Metrics
-
-PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 @dataclass
@@ -198,38 +194,6 @@ def train(
             started += time.perf_counter() - before  # monitors do not count as training time
     state.metrics.close()
     return state
-
-
-def make_accelerator(training: TrainingConfig, folder: Path) -> Accelerator:
-    """The device, processes and precision of a run.
-
-    Raises:
-        UserError: the device lacks the precision, or the batch does not divide over the processes.
-    """
-    refusal = (
-        f"training.precision is {training.precision!r}: not on this device; fp32 runs everywhere"
-    )
-    try:
-        accelerator = open_accelerator(
-            PRECISIONS[training.precision],
-            log_with=list(training.trackers) or None,
-            project_config=ProjectConfiguration(
-                str(folder), logging_dir=str(folder / "tensorboard")
-            ),
-            # Buffers are constants; processes would send them to each other at every step.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
-    except ValueError as error:
-        raise UserError(f"{refusal} ({error})") from error
-    if training.precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError(f"{refusal}, bf16 on CPUs too")  # accelerate would quietly run float32
-    shares = accelerator.num_processes * training.gradient_accumulation
-    if training.batch_size % shares:
-        raise UserError(
-            f"training.batch_size is {training.batch_size}: must be a multiple of {shares} "
-            f"({accelerator.num_processes} processes × {training.gradient_accumulation} micro-batches)"
-        )
-    return accelerator
 
 
 def _restore(state: TrainingState, checkpoint: Path) -> None:

@@ -1,15 +1,17 @@
 """One optimizer step: draw, objective, backward, clipping, AdamW, EMA. Nothing in it waits."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from selfalign.config import ResolvedConfig, RunConfig
-from selfalign.data.stream import Batch
 from selfalign.memory import keep_freed_memory
 from selfalign.network import Backbone
 from selfalign.objective import Losses, Objective
@@ -18,6 +20,9 @@ from selfalign.sections import TrainingConfig
 from selfalign.training.ema import EMA
 from selfalign.training.finite import FiniteSteps
 from selfalign.views import draw_views
+
+if TYPE_CHECKING:  # a step by itself needs no images and no files
+    from selfalign.data.stream import Batch
 
 
 def make_optimizer(config: RunConfig, student: nn.Module) -> torch.optim.Optimizer:

@@ -15,7 +15,8 @@ from selfalign.data.files import read_mnist
 from selfalign.sampling.generate import generate, to_uint8
 from selfalign.sampling.settings import SamplingConfig
 from selfalign.sections import DataConfig
-from selfalign.training.loop import make_accelerator, train
+from selfalign.training.accelerator import make_accelerator
+from selfalign.training.loop import train
 
 
 @pytest.fixture

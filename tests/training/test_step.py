@@ -22,7 +22,7 @@ from selfalign import (
 from selfalign import recipe as make_recipe
 from selfalign.benchmark.measure import StepBenchmark
 from selfalign.network import Backbone
-from selfalign.training.loop import make_accelerator
+from selfalign.training.accelerator import make_accelerator
 
 MIXED = {"views.whole_image_fraction": 0.25, "views.mask_ratios": (0.2, 0.3, 0.5)}
 DISPERSIVE = {"objective.terms": ("dispersive",)}

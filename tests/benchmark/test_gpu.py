@@ -1,0 +1,106 @@
+"""The benchmark for GPUs takes all of its ways on a processor, so that it works on the day it is needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gpu
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+NOT_NEEDED = """
+import importlib.machinery as machinery
+names = {"msgspec", "PIL", "xxhash", "tyro", "rich", "torchvision", "timm", "sklearn", "scipy", "matplotlib"}
+find = machinery.PathFinder.find_spec.__func__
+machinery.PathFinder.find_spec = classmethod(
+    lambda cls, name, path=None, target=None:
+        None if name.split(".")[0] in names else find(cls, name, path, target)
+)
+"""
+"""Hides what machines with a GPU may lack."""
+
+
+def found(name: str, tmp_path: Path) -> dict[str, Any]:
+    gpu.run_part(name, CPU, True, tmp_path / "part.json")
+    return json.loads((tmp_path / "part.json").read_text())
+
+
+def test_a_part_needs_only_torch_and_four_packages_more(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(NOT_NEEDED)
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", "--dry"]
+    done = subprocess.run(
+        [*command, "--parts", "waits", "--out", str(tmp_path / "out")],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert results["parts"]["waits"]["found"].keys() == {"sit", "self-flow", "sra-dts-as"}
+    assert results["machine"]["torch"] == torch.__version__
+    page = (tmp_path / "out" / "gpu.md").read_text()
+    assert "## waits" in page and "sra-dts-as: ran" in page
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"gpu.json", "gpu.md"}
+
+
+def test_recorded_cases(tmp_path: Path) -> None:
+    assert found("recorded", tmp_path)["within_tolerance"] is True
+
+
+def test_the_same_device_gives_the_same_losses(tmp_path: Path) -> None:
+    for name, result in found("devices", tmp_path).items():
+        assert result["largest_relative_difference"] == 0, name
+
+
+def test_steps_repeat_and_resume(tmp_path: Path) -> None:
+    for name, result in found("determinism", tmp_path).items():
+        assert result == {"repeated": True, "resumed": True}, name
+
+
+def test_sampling_profile_and_estimate(tmp_path: Path) -> None:
+    sampled = found("sampling", tmp_path)
+    assert "images_per_second_of_250_steps" in sampled["bf16"]
+    assert 0 < sum(found("profile", tmp_path)["shares"].values()) <= 1.001
+    assert found("estimate", tmp_path)["steps"]["tiny/2"]["measured_seconds"] > 0
+
+
+def test_steps_are_measured_against_the_reference(tmp_path: Path, monkeypatch: Any) -> None:
+    cases = [("tiny/2", 8, "sra-dts-as", mode) for mode in ("eager", "against the reference", "?")]
+    monkeypatch.setattr(gpu, "_step_cases", lambda bench: [*cases, ("huge", 8, "sit", "eager")])
+    rows = found("steps", tmp_path)["rows"]
+    assert rows[0]["batch"] == 4 and 0 < rows[0]["share_of_peak"] < 1
+    assert "speed_against_reference" in rows[1]
+    assert rows[3]["failed"].startswith("UserError: ")
+    results = {"machine": {}, "parts": {"steps": {"failure": "", "found": {"rows": rows}}}}
+    assert "| size | tokens | recipe | mode |" in gpu.page(results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["steps", "compiler"])
+def test_all_cases(name: str, tmp_path: Path) -> None:
+    result = found(name, tmp_path)
+    if name == "steps":
+        assert not [row for row in result["rows"] if "failed" in row]
+    else:
+        assert {entry["graphs"] for entry in result.values()} == {1}
+
+
+def test_a_part_that_fails_or_hangs_is_reported(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(gpu.PARTS, "waits", (gpu.waits, 0))
+    results = gpu.run_all(["waits"], CPU, True, tmp_path)
+    assert results["parts"]["waits"]["failure"] == "not finished in its time"
+    assert "**Not complete**" in (tmp_path / "gpu.md").read_text()
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    assert gpu.main() == 2
+    assert "torch finds none here" in capsys.readouterr().err

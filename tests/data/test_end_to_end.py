@@ -16,7 +16,7 @@ from selfalign.sampling.generate import generate, to_uint8
 from selfalign.sampling.settings import SamplingConfig
 from selfalign.sections import DataConfig
 from selfalign.training.accelerator import make_accelerator
-from selfalign.training.loop import train
+from selfalign.training.loop import begin, train
 
 
 @pytest.fixture
@@ -61,12 +61,10 @@ def test_from_images_to_images(clothes: Path, tmp_path: Path, autoencoder: Path)
         source.num_classes,
     )
     losses: list[float] = []
-    (tmp_path / "run").mkdir()
+    run = tmp_path / "run"
+    run.mkdir()
     state = train(
-        config,
-        source,
-        tmp_path / "run",
-        make_accelerator(config.training, tmp_path / "run"),
+        begin(config, source, run, make_accelerator(config.training, run)),
         progress=lambda state, values: losses.append(values["denoising_loss"]),
     )
     assert state.step == 60 and np.isfinite(losses).all() and losses[-1] < losses[0]

@@ -1,6 +1,8 @@
 """The order of the data as a function of (seed, epoch), and each step's batch of the step."""
 
+import atexit
 import functools
+import multiprocessing
 import signal
 import threading
 import warnings
@@ -8,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 
 import torch
 from jaxtyping import Float, Int
@@ -184,11 +187,19 @@ def _without_dead_workers(loader: DataLoader[Read]) -> Iterator[Read]:
 
     torch raises in the middle of whatever the main thread does when the signal of a child's death
     arrives. Without that handler the loader finds out within seconds, when it is asked for a batch.
+
+    A process that ends with this half read, in a traceback for one, would wait for ever: workers leave
+    the signal that Python ends them with to the main process. So they are killed first.
     """
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGCHLD) if in_main else None
+    others = multiprocessing.active_children()
+    workers: list[BaseProcess] = []
+    kill_workers = functools.partial(_kill, workers)
+    atexit.register(kill_workers)  # later than multiprocessing's own, so it runs before that
     try:
         iterator = iter(loader)
+        workers += [child for child in multiprocessing.active_children() if child not in others]
         if handler is not None:
             signal.signal(signal.SIGCHLD, handler)
         yield from iterator
@@ -198,3 +209,10 @@ def _without_dead_workers(loader: DataLoader[Read]) -> Iterator[Read]:
             f"a data worker died ({reason}), perhaps for lack of memory: fewer --data.workers need "
             "less, and 0 reads without processes of its own"
         ) from error
+    finally:
+        atexit.unregister(kill_workers)
+
+
+def _kill(processes: Iterable[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()

@@ -5,6 +5,8 @@ import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -298,3 +300,23 @@ class TestWorkers:
         for worker in workers:
             worker.join(10)
             assert worker.exitcode is not None
+
+
+def test_a_process_that_ends_in_the_middle_does_not_wait_for_its_workers() -> None:
+    script = """
+import multiprocessing
+import torch
+from selfalign.data.source import MemorySplit
+from selfalign.data.stream import training_batches
+
+split = MemorySplit(torch.zeros(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64), flip=False)
+batches = training_batches(split, seed=0, batch_size=2, first=0, last=50, workers=2)
+next(batches)
+print(len(multiprocessing.active_children()))
+ring = [batches]
+ring.append(ring)  # as a traceback makes one: nothing closes the batches
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=90, check=True
+    )
+    assert done.stdout == "2\n"

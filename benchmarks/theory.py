@@ -244,12 +244,12 @@ def _draw(predicted: dict[str, Any], measured: dict[str, Any]) -> None:
     middle.legend(fontsize=7)
     rows = measured.get("gaussians", [])
     if rows:
-        x, y = [[row[key] for row in rows] for key in ("predicted", "C_own")]
-        line = np.array([0, 1.1 * max(x)])
+        line = np.array([0, 1.1 * max(row["predicted"] for row in rows)])
         right.fill_between(line, 0.85 * line, 1.15 * line, color="0.9", label="within 15 %")
-        right.plot(x, y, "o")
-        for row in rows:
-            right.annotate(f"ℓ = {row['length']:g}", (row["predicted"], row["C_own"]), fontsize=7)
+        for steps in sorted({row["steps"] for row in rows}):
+            some = [row for row in rows if row["steps"] == steps]
+            points = [[row[key] for row in some] for key in ("predicted", "C_own")]
+            right.plot(*points, "o", label=f"{steps:,} steps")
         right.set(xlabel="C own, predicted", ylabel="measured", title="Gaussian images")
         right.legend(fontsize=7)
     figure.savefig(FIGURE)
@@ -279,9 +279,9 @@ def main(arguments: Sequence[str]) -> None:
         )
     for row in measured.get("gaussians", []):
         print(
-            f"Gaussians, length {row['length']:g}: predicted {row['predicted']:.4f}, measured "
-            f"{row['C_own']:.4f} ({row['C_own'] / row['predicted'] - 1:+.0%}), on whole images "
-            f"{row['C_whole']:.4f}"
+            f"Gaussians, length {row['length']:g}, {row['steps']} steps: predicted "
+            f"{row['predicted']:.4f}, measured {row['C_own']:.4f} "
+            f"({row['C_own'] / row['predicted'] - 1:+.0%}), on whole images {row['C_whole']:.4f}"
         )
     for attention, found in measured.get("gradients", {}).items():
         print(f"gradients, {attention}: " + json.dumps(found))

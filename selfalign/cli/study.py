@@ -90,13 +90,14 @@ class PowerArguments:
 def study_command(arguments: Sequence[str]) -> int:
     """`selfalign study`."""
     usage = (
-        "usage: selfalign study paper|2x2|GRID.yaml|GRID.py --out DIR [--profile smoke|laptop|full]\n"
-        "       selfalign study power paper|2x2|GRID --like DIR [--seeds N]\n"
+        "usage: selfalign study NAME|GRID.yaml|GRID.py --out DIR [--profile smoke|laptop|full]\n"
+        "       selfalign study power NAME|GRID --like DIR [--seeds N]\n"
         "       selfalign study report DIR\n\n"
         "Runs every variant of a grid with several seeds, and writes DIR/report.html. Stopped, it goes "
         "on with the same command. power says beforehand what so many seeds can find.\n"
         "every setting: selfalign study paper --help\n"
         "example: selfalign study paper --data.name digits --profile laptop --out studies/digits\n\n"
+        f"grids: {', '.join(GRIDS)}\n"
         "profiles: "
     )
     if not arguments or arguments[0] in ("-h", "--help"):

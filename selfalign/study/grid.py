@@ -111,7 +111,7 @@ class Grid:
     groups that holds all of its variants. Left out, or where none does: over all."""
     tuned: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Names that effects may use beside those of variants, and the variants of which each is the best: chosen
-    for every seed by the mean held-out loss at the other seeds, so that no seed is both judge and judged."""
+    by the held-out loss at the first seeds and compared at the others, so that no run is chosen by luck."""
 
     def __post_init__(self) -> None:
         if not self.variants:
@@ -164,6 +164,10 @@ class Grid:
                 )
         self._check_texts()
 
+    def judging(self, effect: Effect, seeds: int) -> int:
+        """At how many of a study's seeds an effect is measured."""
+        return seeds - (choosing_seeds(seeds) if set(effect.weights) & set(self.tuned) else 0)
+
     def pool(self, effect: Effect) -> tuple[str, ...]:
         """The variants, or tuned ones, over which the error of an effect is pooled."""
         whole = next((other for other in self.effects if other.title == effect.half_of), effect)
@@ -199,6 +203,11 @@ class Grid:
                 raise UserError(
                     f"a text of grid {self.name} holds the characters {bad!a}: {text!a}"
                 )
+
+
+def choosing_seeds(seeds: int) -> int:
+    """How many of a study's seeds, the first ones, choose what tuned names stand for."""
+    return max(1, seeds // 3)
 
 
 def _control_characters(text: str, allowed: str = "") -> str:

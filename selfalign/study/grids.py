@@ -234,7 +234,7 @@ GRIDS: Mapping[str, tuple[Grid, int | None]] = {
         (PAPER, None),
         (TWO_BY_TWO, 10),
         (_stratified(), 10),
-        (_learning_rates(), 3),
+        (_learning_rates(), 4),
         (_patches("patches-4-2-1", (4, 2, 1)), 3),
         (_patches("patches-4-2", (4, 2)), 3),
         (_no_alignment(), 5),

@@ -92,18 +92,20 @@ def power(grid: Grid, registration: Registration, pilot: Pilot, seeds: int) -> l
     Raises:
         UserError: too few seeds or variants for any interval.
     """
-    if seeds < 2 or len(grid.variants) < 2:
+    effects = [effect for effect in grid.effects if effect.title in registration.effects]
+    if len(grid.variants) < 2 or any(grid.judging(effect, seeds) < 2 for effect in effects):
         raise UserError("needed are two variants and two seeds: one of either shows no spread")
     rows = []
     per_test = registration.level / (len(registration.effects) * len(registration.metrics))
-    for effect in (e for e in grid.effects if e.title in registration.effects):
-        degrees = (len(grid.pool(effect)) - 1) * (seeds - 1)
+    for effect in effects:
+        judging = grid.judging(effect, seeds)
+        degrees = (len(grid.pool(effect)) - 1) * (judging - 1)
         for metric in registration.metrics:
             layout = pilot.layouts.get(metric)
             if layout is None or not layout.residual[0]:
                 continue
             residual = layout.residual[0] ** 0.5
-            error = residual * unit_error(effect.weights, seeds)
+            error = residual * unit_error(effect.weights, judging)
             weights = margin_weights(effect, metric, grid.effects, registration)
             known = layout.weigh(weights) if weights else None
             margin = known.mean if known and known.mean > 0 else None

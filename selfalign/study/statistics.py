@@ -7,7 +7,7 @@ from typing import Any
 
 from selfalign.study.costs import QualityCost, quality_cost
 from selfalign.study.estimates import Estimate, Layout, own_spread
-from selfalign.study.grid import Effect
+from selfalign.study.grid import Effect, choosing_seeds
 from selfalign.study.plan import Registration
 from selfalign.study.ratios import Ratio, SeparationCost, ratio, separation_cost
 from selfalign.study.results import DISTANCES, METRICS, RunResult, StudyResults
@@ -145,8 +145,8 @@ class Analysis:
     """What separation costs, by train fraction."""
     shares: Mapping[tuple[str, str], Mapping[str, Ratio]]
     """Which share of an effect's difference another's is: by both titles and headline metric."""
-    tuned: Mapping[str, Mapping[int, str]]
-    """The variant that was chosen, by tuned name and seed."""
+    tuned: Mapping[str, str]
+    """The variant that was chosen, by tuned name."""
     reliance: Mapping[str, Sequence[Estimate]]
     """Label reliance in equal bins of t, by variant."""
 
@@ -216,8 +216,11 @@ def analyse(results: StudyResults) -> Analysis:
         return Layout(lay_out(some, metric_reading(name)).values, results.pair_errors(some, name))
 
     layouts = {name: layout(name) for name in metrics}
-    tuned = choose_tuned(grid.tuned, layouts[HELDOUT_LOSS]) if HELDOUT_LOSS in metrics else {}
-    of_tuned = {(name, seed): v for name, found in tuned.items() for seed, v in found.items()}
+    choosing = study.seeds[: choosing_seeds(len(study.seeds))]
+    losses = layouts.get(HELDOUT_LOSS, Layout({}))
+    tuned = choose_tuned(grid.tuned, losses, choosing)
+    judging = [seed for seed in study.seeds if seed not in choosing]
+    of_tuned = {(name, seed): chosen for name, chosen in tuned.items() for seed in judging}
 
     def estimate(effect: Effect, metric: str) -> EffectEstimate:
         pool = grid.pool(effect)
@@ -301,28 +304,28 @@ def analyse(results: StudyResults) -> Analysis:
     )
 
 
-def choose_tuned(tuned: Mapping[str, Sequence[str]], losses: Layout) -> dict[str, dict[int, str]]:
-    """The variant that each tuned name stands for at each seed: the best at the other seeds.
+def choose_tuned(
+    tuned: Mapping[str, Sequence[str]], losses: Layout, seeds: Sequence[int]
+) -> dict[str, str]:
+    """The variant that each tuned name stands for: the best at the study's choosing seeds.
 
     Args:
         tuned: the variants to choose from, by tuned name.
         losses: the held-out losses.
+        seeds: those that choose.
 
     Returns:
-        By tuned name and seed; without seeds at which a choice could not be made from all variants.
+        By tuned name; without those of whose variants none has all the seeds.
     """
-    chosen: dict[str, dict[int, str]] = {}
+    chosen = {}
     for name, candidates in tuned.items():
-        chosen[name] = {}
-        for seed in losses.seeds:
-            others = [other for other in losses.seeds if other != seed]
-            means = {
-                candidate: math.fsum(losses.values.get((candidate, o), math.inf) for o in others)
-                for candidate in candidates
-            }
-            best = min(means, key=means.__getitem__)
-            if others and math.isfinite(means[best]):
-                chosen[name][seed] = best
+        means = {
+            candidate: math.fsum(losses.values.get((candidate, seed), math.inf) for seed in seeds)
+            for candidate in candidates
+        }
+        best = min(means, key=means.__getitem__)
+        if math.isfinite(means[best]):
+            chosen[name] = best
     return chosen
 
 

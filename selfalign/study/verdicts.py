@@ -50,14 +50,12 @@ def register(grid: Grid, distance: str, seeds: int) -> Registration | None:
     tests = len(claimed) * len(metrics)
     if not tests:
         return None
-    degrees = {effect.title: (len(grid.pool(effect)) - 1) * (seeds - 1) for effect in claimed}
-    detectable = {
-        effect.title: smallest_detectable(
-            unit_error(effect.weights, seeds), degrees[effect.title], LEVEL / tests
-        )
-        for effect in claimed
-        if degrees[effect.title]
-    }
+    detectable = {}
+    for effect in claimed:
+        judging = grid.judging(effect, seeds)
+        if degrees := (len(grid.pool(effect)) - 1) * (judging - 1):
+            error = unit_error(effect.weights, judging)
+            detectable[effect.title] = smallest_detectable(error, degrees, LEVEL / tests)
     margins = {metric: MARGINS.get(metric, 0.05) for metric in metrics}
     titles = tuple(effect.title for effect in claimed)
     return Registration(titles, metrics, margins, LEVEL, seeds, detectable)

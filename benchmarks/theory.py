@@ -240,6 +240,7 @@ def _draw(predicted: dict[str, Any], measured: dict[str, Any]) -> None:
         middle.plot(tokens, list(found["by_patch"].values()), marker="o", label=name)
     middle.set(xlabel="tokens", ylabel="C own", title="Digits, predicted", xscale="log")
     middle.set_xticks([4, 16, 64], ["4", "16", "64"])
+    middle.minorticks_off()
     middle.set_ylim(0)
     middle.legend(fontsize=7)
     rows = measured.get("gaussians", [])

@@ -36,15 +36,17 @@ TESTED = 2000
 
 def main(arguments: Sequence[str]) -> None:
     """Measure, and keep the results beside those of the other experiment."""
-    known = json.loads(MEASURED.read_text()) if MEASURED.is_file() else {}
-    if arguments[:1] == ["gradients"]:
-        known["gradients"] = gradients(Path(arguments[1]))
-    elif arguments[:1] == ["gaussians"]:
-        steps = int(arguments[1])
-        others = [row for row in known.get("gaussians", []) if row["steps"] != steps]
-        known["gaussians"] = others + gaussians(steps)
-    else:
+    if len(arguments) != 2 or arguments[0] not in ("gradients", "gaussians"):
         sys.exit(__doc__)
+    found = gradients(Path(arguments[1])) if arguments[0] == "gradients" else None
+    rows = gaussians(int(arguments[1])) if arguments[0] == "gaussians" else []
+    # Read after the measurement: the other experiment may have ended meanwhile.
+    known = json.loads(MEASURED.read_text()) if MEASURED.is_file() else {}
+    if found is not None:
+        known["gradients"] = found
+    new = {row["steps"] for row in rows}
+    kept = [row for row in known.get("gaussians", []) if row["steps"] not in new]
+    known["gaussians"] = kept + rows
     MEASURED.write_text(json.dumps(known, indent=1) + "\n")
 
 

@@ -89,6 +89,14 @@ class TestSamples:
             ]
         assert found.metrics["fd_classifier"].value == pytest.approx(frechet_distance(*fits), 1e-6)
 
+    @pytest.mark.slow
+    def test_real_images_are_at_no_distance_once_it_is_extrapolated(self, heldout: Path) -> None:
+        found = run(heldout, reference="digits", metrics=("fd", "fd-infinity"))
+        plain, extrapolated = (found.metrics[n] for n in ("fd_classifier", "fd_infinity"))
+        assert plain.value > 2 * plain.standard_error, "few images alone make a distance"
+        assert abs(extrapolated.value) < 2 * extrapolated.standard_error
+        assert found.baseline["fd_infinity"] == extrapolated, "held-out images are measured as well"
+
     def test_copies_of_training_images_are_found(self, tmp_path: Path) -> None:
         np.savez(tmp_path / "copies.npz", arr_0=digits("train", 200)[0])
         found = run(tmp_path / "copies.npz", reference="digits", metrics=("memorisation",))

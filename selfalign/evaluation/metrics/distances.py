@@ -19,8 +19,8 @@ from selfalign.evaluation.metrics import (
 
 CLASSIFIERS = 4
 """Two of each half of the training images."""
-LEAST_EXTRAPOLATED = 500
-"""Samples of whose quarters a Fréchet distance can be measured."""
+LEAST_EXTRAPOLATED = 320
+"""Samples whose quarters outnumber a classifier's features. The digits have 400 held-out images."""
 
 
 def _statistics(kind: str, names: str) -> Need:

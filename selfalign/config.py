@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
-from selfalign.errors import UserError
-from selfalign.parts import Part, PartSettings, load_plugin
+from selfalign.parts import Part, PartSettings, load_plugin, require_named_plugins
 from selfalign.sections import (
     MAX_TOKENS,
     PATCH_SIZES,
@@ -276,7 +275,8 @@ def _changed(held: Any, changes: Mapping[str, Any], place: str) -> Any:
 
 def _dotted(name: str, value: Any) -> str:
     """The name of the first field in what is left of a tree."""
-    return f"{name}.{_dotted(*next(iter(value.items())))}" if isinstance(value, dict) else name
+    inside = next(iter(value.items()), None) if isinstance(value, dict) else None
+    return name if inside is None else f"{name}.{_dotted(*inside)}"
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
@@ -307,16 +307,16 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
         require(section in known, "config field", section, "no such field")
 
     def flatten(prefix: str, held: Any) -> None:
-        if isinstance(held, Mapping):
+        if isinstance(held, Mapping) and held:
             for name, value in held.items():
-                flatten(f"{prefix}.{name}" if prefix else str(name), value)
+                flatten(f"{prefix}.{name}", value)
         else:
             flat[prefix] = held
 
-    flatten("", values)
+    for section, held in values.items():
+        flatten(section, held)
     if flat.keys() & {"targets.ema.groups", "alignment.teacher_groups"}:
         # Before there was this setting every group had a lag of its own: runs begun then go on so.
         flat.setdefault("targets.ema.lag", "group")
-    if any(not isinstance(name, str) for name in flat.get("plugins", ())):
-        raise UserError(f"plugins is {flat['plugins']!r}: allowed are names of files")
+    require_named_plugins(flat.get("plugins", ()))
     return override(RunConfig(), flat)

@@ -8,10 +8,12 @@ Files of parts import torch within their methods, so that `selfalign --help` can
 without it.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
 import importlib.util
+import os
 import pkgutil
 import re
 import sys
@@ -168,10 +170,9 @@ def load_plugin(path: str) -> Path:
     Raises:
         UserError: the file is missing or fails; the message says where.
     """
-    file = Path(path).expanduser().resolve()
+    file = _whole_path(path)
     if file in _plugins:
         return file
-    require(file.is_file(), "plugins", path, "there is no such file")
     # Named after the path, so that two files of the same name can stand side by side.
     name = f"selfalign_plugin_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
@@ -184,12 +185,64 @@ def load_plugin(path: str) -> Path:
     except UserError:
         del sys.modules[name]
         raise
-    except Exception as error:  # whatever a user's file raises, it is theirs to read
+    except (Exception, SystemExit) as error:  # whatever a user's file raises, it is theirs to read
         del sys.modules[name]
         line = _line_within(file, error)
         raise UserError(f"plugins: {path}{line} fails: {type(error).__name__}: {error}") from error
     _plugins[file] = name
+    _remember(file)
     return file
+
+
+def require_named_plugins(files: object) -> None:
+    """Refuse plugins that a file names (a run's config.json, a grid) and nobody here has named.
+
+    They would be run, and whoever made the file may have made them too. A plugin that has been named once,
+    on the command line or in Python, is known by its content from then on.
+
+    Args:
+        files: their names, as the file has them.
+
+    Raises:
+        UserError: these are no names, or one is of a plugin that is not known.
+    """
+    if not isinstance(files, list | tuple) or any(not isinstance(name, str) for name in files):
+        raise UserError(f"plugins is {files!r}: allowed are names of files")
+    for path in files:
+        file = _whole_path(path)
+        if file not in _plugins and not _mark(file).is_file():
+            raise UserError(
+                f"plugins is {path!r}, a file that would be run and that you have not named yourself: read "
+                f"it, and if you trust it add --plugins {path}"
+            )
+
+
+def _whole_path(path: str) -> Path:
+    try:
+        file = Path(os.path.realpath(Path(path).expanduser()))
+        there = file.is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL, nobody's home
+        there = False
+    require(there, "plugins", path, "there is no such file")
+    return file
+
+
+def _mark(file: Path) -> Path:
+    """What stands for a plugin's content in the cache."""
+    from selfalign.disk import cache_folder
+
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"plugins: {file} cannot be read: {error.strerror}") from error
+    return cache_folder("plugins") / hashlib.sha256(content).hexdigest()
+
+
+def _remember(file: Path) -> None:
+    with contextlib.suppress(OSError):  # it is asked for again where nothing can be kept
+        mark = _mark(file)
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
 
 
 def _line_within(file: Path, error: BaseException) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from selfalign.errors import UserError
+from selfalign.parts import require_named_plugins
 from selfalign.recipes import recipe
 from selfalign.study.parsing import checked
 
@@ -26,6 +27,7 @@ class Variant:
     """The variant, earlier in the grid, from whose last weights at the same seed this one starts."""
 
     def __post_init__(self) -> None:
+        require_named_plugins(self.settings.get("plugins", ()))
         recipe(self.recipe, self.settings)  # raises on what is unknown or contradicts itself
 
 

@@ -13,6 +13,7 @@ import selfalign
 from selfalign.config import RunConfig, resolve
 from selfalign.disk import write_whole
 from selfalign.errors import UserError
+from selfalign.parts import require_named_plugins
 from selfalign.recipes import recipe
 from selfalign.records import read_plain
 from selfalign.study.grid import Grid, grid_from_dict
@@ -90,6 +91,7 @@ class Study:
     """None: nothing was laid down beforehand, as before version 0.2."""
 
     def __post_init__(self) -> None:
+        require_named_plugins(self.settings.get("plugins", ()))
         for name in _GROWING:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):

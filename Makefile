@@ -31,11 +31,15 @@ lint: $(INSTALLED)  ## run the linters
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-audit: $(INSTALLED)  ## look the tested versions up in the advisory database (needs the internet)
+audit: $(INSTALLED)  ## look the locked versions up in the advisory database (needs the internet)
 	$(BIN)/pip install --quiet --disable-pip-version-check pip-audit
-	$(BIN)/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+	$(BIN)/pip-audit --strict --require-hashes --disable-pip -r requirements.lock
+
+lock: $(INSTALLED)  ## write requirements.lock: the versions of constraints.txt with the hashes of their files
+	$(BIN)/pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip compile constraints.txt --no-deps --generate-hashes --no-header --no-annotate --quiet -o requirements.lock
 
 clean:  ## remove the environment and everything generated
 	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help install demo test test-all lint audit clean
+.PHONY: help install demo test test-all lint audit lock clean

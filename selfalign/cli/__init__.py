@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 
 from selfalign.cli.interruption import GO_ON, interruptible, show_any_text
-from selfalign.errors import AgreedError, UserError
+from selfalign.errors import AgreedError, UserError, told_by_machine
+from selfalign.names import printable
 from selfalign.settings import OPS
 
 COMMANDS = {
@@ -24,6 +25,9 @@ COMMANDS = {
     "completion": "print what a shell needs to complete commands and options",
 }
 """Each is a module NAME of this package with a function NAME_command(arguments) -> exit code."""
+SHARED = frozenset(["train", "evaluate"])
+"""Commands whose work the processes of a launcher (torchrun, accelerate launch) share; others are done by
+the first of them alone."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         agreed, code = isinstance(error, AgreedError), 2
         # What all processes know, the first one says.
         if not agreed or os.environ.get("RANK", "0") == "0":
-            line = " ".join(str(error).split())
-            print(f"selfalign: error: {line}", file=sys.stderr)
+            _say_error(str(error))
     except KeyboardInterrupt as interruption:
         agreed, code = False, 128 + getattr(interruption, "number", signal.SIGINT)
         how = GO_ON.get(words[0] if words else "", "")
@@ -47,11 +50,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         agreed, code = False, 128 + signal.SIGPIPE
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        told = told_by_machine(error)
+        if told is None:
+            raise  # a bug of ours, and its traceback is what helps
+        agreed, code = False, 2
+        _say_error(told)
     if "torch" in sys.modules:
         from selfalign.processes import end_shared_process
 
         end_shared_process(code, agreed)
     return code
+
+
+def _is_alone() -> bool:
+    """Whether this is the process that does what a launcher started several for; it forgets the others."""
+    if os.environ.get("RANK", "0") != "0":
+        return False
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        os.environ.pop(name, None)
+    return True
+
+
+def _say_error(text: str) -> None:
+    print(f"selfalign: error: {printable(text)}", file=sys.stderr)
 
 
 def _run(words: list[str]) -> int:
@@ -67,10 +89,11 @@ def _run(words: list[str]) -> int:
     if name not in COMMANDS:
         raise UserError(f"command is {name!r}: allowed are {', '.join(COMMANDS)}")
     _choose_ops(rest)
-    _load_plugins(rest, keep=name == "train")
+    # A new run has it among its settings; one that goes on has it in its config.json.
+    _load_plugins(rest, keep=name == "train" and not " ".join(rest).startswith("-"))
     command = getattr(importlib.import_module(f"selfalign.cli.{name}"), f"{name}_command")
     with interruptible():
-        return int(command(rest))
+        return int(command(rest)) if name in SHARED or _is_alone() else 0
 
 
 def _usage() -> str:

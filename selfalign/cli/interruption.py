@@ -52,10 +52,11 @@ def interruptible() -> Iterator[None]:
 def _end_with_launcher() -> None:
     """Have Linux send SIGTERM when the launcher dies, which would leave its processes behind."""
     if sys.platform == "linux":
+        launcher = os.getppid()
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() == 1:
-            raise Interrupted(signal.SIGTERM)  # it has died already
+        if os.getppid() != launcher:  # it died meanwhile; 1 may be a launcher too, in a container
+            raise Interrupted(signal.SIGTERM)
 
 
 def show_any_text() -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from small_images import make_images
 from support import in_two_processes
 
 from selfalign.runs.folder import read_record
@@ -39,6 +40,30 @@ def test_a_used_folder_is_refused_once(tmp_path: Path) -> None:
     assert done.stderr.count("selfalign: error: ") == 1, done.stderr
     assert "must be a new or an empty folder" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_what_is_not_shared_is_done_by_the_first_process_alone(
+    small_run: Path, tmp_path: Path
+) -> None:
+    """sample, prepare and study write one result each, and start no group that nobody else joins."""
+    out = tmp_path / "samples"
+    codes, said = zip(
+        *in_two_processes("sample", small_run, "--out", out, "--num", "2", "--steps", "1"),
+        strict=True,
+    )
+    assert codes == (0, 0), said
+    assert sorted(path.name for path in out.iterdir()) == [
+        "grid.png",
+        "samples.npz",
+        "sampling.json",
+    ]
+    store = tmp_path / "store"
+    make_images(tmp_path / "images", 8)
+    command = ("prepare", tmp_path / "images", store, "--vae", "none", "--image-size", "8")
+    codes, said = zip(*in_two_processes(*command), strict=True)
+    assert codes == (0, 0), said
+    assert said == ("", "")
+    assert (store / "manifest.json").is_file()
 
 
 def test_two_processes_train_one_run(tmp_path: Path) -> None:

@@ -166,11 +166,15 @@ def train(
         while state.step < training.steps and state.stopped_by is None:
             step = state.step
             micro_batches = []
-            for x0, labels in itertools.islice(batches, training.gradient_accumulation):
-                device = accelerator.device
-                micro_batches.append(
-                    (x0.to(device, non_blocking=True), labels.to(device, non_blocking=True))
-                )
+            try:
+                for x0, labels in itertools.islice(batches, training.gradient_accumulation):
+                    device = accelerator.device
+                    micro_batches.append(
+                        (x0.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+                    )
+            except UserError:
+                _save_before_ending(state, take_step)
+                raise
             losses, norm = take_step(step, micro_batches)
             state.step = step + 1
 
@@ -197,10 +201,16 @@ def train(
 
 
 def _restore(state: TrainingState, checkpoint: Path) -> None:
+    saved = read_json(checkpoint / "state.json", CheckpointState)
+    optimizer = state.config.training.optimizer
+    if saved.optimizer not in (None, optimizer):
+        raise UserError(
+            f"training.optimizer is {optimizer!r}: {checkpoint} is of {saved.optimizer!r}, and is gone on "
+            "with by that"
+        )
     load_weights(checkpoint, state.student, WEIGHTS["raw"])
     load_weights(checkpoint, state.ema.model, WEIGHTS["ema"])
     load_optimizer(checkpoint, state.student, state.optimizer)
-    saved = read_json(checkpoint / "state.json", CheckpointState)
     state.step = state.saved_step = saved.step
     state.skipped = saved.skipped
     state.monitored = is_monitored(checkpoint)
@@ -221,10 +231,21 @@ def _save(state: TrainingState) -> None:
                 state.step,
                 scaler.state_dict() if scaler is not None else None,
                 state.skipped,
+                state.config.training.optimizer,
             ),
             state.config.training.keep_checkpoints,
         )
     state.saved_step = state.step
+
+
+def _save_before_ending(state: TrainingState, take_step: TrainingStep) -> None:
+    """Keep what has been done where the data cannot be read on: the run goes on once it is repaired.
+
+    Of several processes the one that cannot read cannot agree with the others on a step to save.
+    """
+    if state.accelerator.num_processes == 1 and state.step > (state.saved_step or 0):
+        _require_finite(state, take_step)
+        _save(state)
 
 
 def _run_monitors(

@@ -19,7 +19,7 @@ from selfalign.cli import main
 from selfalign.runs.folder import LOCK, read_record
 from selfalign.runs.load import load_run
 from selfalign.runs.start import resume_run, start_run
-from selfalign.training.checkpoint import latest_checkpoint
+from selfalign.training.checkpoint import latest_checkpoint, step_of
 from selfalign.training.loop import TrainingState
 from selfalign.training.tracking import read_metrics
 
@@ -262,6 +262,75 @@ def test_images_that_were_repaired_or_are_gone(tmp_path: Path, small_config: Run
     with pytest.warns(UserWarning, match="b/005.png is gone; the run goes on"):
         assert main([*command, "--data.accept-changes"]) == 0
     resume_run(folder, 11, quiet)
+
+
+@pytest.mark.parametrize("kind", ["file", "lost link", "loop"])
+def test_checkpoints_out_of_reach_are_not_begun_anew(run: Path, kind: str) -> None:
+    """A disk that is not mounted must not cost the run its metrics."""
+    place = run / "checkpoints"
+    place.rename(run.parent / "elsewhere")
+    if kind == "file":
+        place.touch()
+    else:
+        place.symlink_to("checkpoints" if kind == "loop" else "/nonexistent/checkpoints")
+    before = contents(run)
+    with pytest.raises(UserError, match="nothing is begun anew"):
+        resume_run(run, 8, quiet)
+    assert contents(run) == before
+    place.unlink()
+    place.symlink_to(run.parent / "elsewhere")
+    state = resume_run(run, 8, quiet)
+    assert state is not None and state.step == 8
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("optimizer", "muon", "step_00000006 is of 'adamw'"),
+        ("image_size", [4, 16], r"model.image_size is \(4, 16\): the data has \(8, 8\)"),
+    ],
+)
+def test_a_config_that_was_changed_by_hand(
+    run: Path, setting: str, value: object, message: str
+) -> None:
+    path = run / "config.json"
+    record = json.loads(path.read_text())
+    section = "training" if setting == "optimizer" else "model"
+    record["config"][section][setting] = value
+    path.write_text(json.dumps(record))
+    before = contents(run)
+    with pytest.raises(UserError, match=message):
+        resume_run(run, 8, quiet)
+    assert contents(run) == before
+
+
+def test_an_image_that_breaks_meanwhile_costs_no_step(
+    tmp_path: Path, small_config: RunConfig
+) -> None:
+    """It is named, what has been done is kept, and the run goes on once it is repaired."""
+    images = make_images(tmp_path / "images", 12)
+    config = override(
+        small_config,
+        {
+            **{"data.name": "folder", "data.root": str(images), "data.image_size": 8},
+            **{"training.log_every": 1, "training.steps": 8},
+        },
+    )
+    folder, broken = tmp_path / "run", images / "a" / "003.png"
+    content = broken.read_bytes()
+
+    def breaks(state: TrainingState, values: dict[str, float]) -> None:
+        if state.step == 3:
+            broken.write_bytes(b"x" * len(content))
+
+    with pytest.raises(UserError, match="a/003.png is not a readable image"):
+        start_run(config, folder, breaks)
+    done = step_of(latest_checkpoint(folder / "checkpoints"))
+    assert done >= 3
+    broken.write_bytes(content)
+    state = resume_run(folder, None, quiet)
+    assert state is not None and state.step == 8
+    assert [line["step"] for line in read_metrics(folder) if "loss" in line] == list(range(1, 9))
 
 
 def test_a_run_of_version_0_1_0_goes_on(run: Path) -> None:

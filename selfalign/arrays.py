@@ -57,6 +57,8 @@ class Npz(Mapping[str, Array]):
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            if not path.is_file():  # a pipe would wait for a writer
+                raise ValueError("there is no such file")
             with zipfile.ZipFile(path) as archive:
                 members = [m for m in archive.infolist() if m.filename.endswith(".npy")]
         except Exception as error:  # zipfile raises a dozen kinds for a damaged archive

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,18 @@ def cache_folder(kind: str) -> Path:
     return (Path(root) if root else Path.home() / ".cache" / "selfalign") / kind
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def real_path(path: Path) -> Path:
+    """Where a path leads, links followed; also for loops of links, at which `Path.resolve` fails."""
+    return Path(os.path.realpath(path))
+
+
+def write_whole(path: Path, write: Callable[[Path], object], needed: int | None = None) -> None:
     """Write a file or a folder of files beside its place and rename it, so that it is whole or absent.
 
     Args:
         path: the file, or the folder.
         write: writes it, under the name that it is given.
+        needed: its bytes, where that is known and worth saying on a full disk.
 
     Raises:
         UserError: the disk is full or not writable.
@@ -55,7 +62,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         write(partial)
         publish(partial, path)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {reason(error, path.parent)}") from error
+        raise UserError(
+            f"{path} cannot be written: {reason(error, path.parent, needed)}"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             remove(partial)
@@ -63,7 +72,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write a `.npz`, whole or not at all. Raises UserError as `write_whole` does."""
-    write_whole(path, lambda partial: np.savez(partial, allow_pickle=False, **arrays))
+    needed = sum(array.nbytes for array in arrays.values())
+    write_whole(path, lambda partial: np.savez(partial, allow_pickle=False, **arrays), needed)
 
 
 def reason(error: Exception, folder: Path, needed: int | None = None) -> str:
@@ -84,6 +94,51 @@ def reason(error: Exception, folder: Path, needed: int | None = None) -> str:
     if needed is not None and free < needed:
         said += f"; it needs {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there"
     return said
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written into, or made, before any work is done. Makes nothing.
+
+    Raises:
+        UserError: it cannot.
+    """
+    place = _existing(folder)
+    if not place.is_dir():
+        raise UserError(f"{folder} cannot be written into: {place} is not a folder")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            folder.lstat()  # is it a name that the file system takes?
+        # Tried, not asked: a read-only disk, a full one and /proc have the bits of any other folder.
+        with tempfile.TemporaryDirectory(dir=place, prefix=".", suffix=".partial"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written into: {reason(error, place)}; --out names another place"
+        ) from error
+
+
+def require_room(folder: Path, needed: int, what: str) -> None:
+    """Refuse what does not fit a disk, before any work is done.
+
+    Args:
+        folder: where to; it need not be there yet.
+        needed: bytes.
+        what: is to be written.
+
+    Raises:
+        UserError: the message says what is needed and what is free.
+    """
+    free = shutil.disk_usage(_existing(folder)).free
+    if needed > free:
+        raise UserError(
+            f"{what} need {needed / 1e6:,.1f} MB in {folder}, where {free / 1e6:,.1f} MB are free"
+        )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder itself, or what is there of the way to it."""
+    folder = folder.absolute()
+    return next(place for place in (folder, *folder.parents) if os.path.lexists(place))
 
 
 def remove(path: Path) -> None:

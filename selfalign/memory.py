@@ -1,7 +1,10 @@
-"""Keep the memory that a training or sampling step frees, for the next step to use."""
+"""Memory: what steps free is kept for the next one, and what cannot fit is refused before it is asked for."""
 
 import ctypes
+import os
 import sys
+
+from selfalign.errors import UserError
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20
@@ -21,3 +24,23 @@ def keep_freed_memory() -> None:
         mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
         mallopt(_TRIM_THRESHOLD, -1)
         mallopt(_TOP_PAD, 2 * _LARGEST_MMAP_THRESHOLD)
+
+
+def require_memory(needed: int, what: str) -> None:
+    """Refuse what this machine's memory cannot hold, before any work is done.
+
+    Args:
+        needed: bytes.
+        what: is to be held.
+
+    Raises:
+        UserError: the message says what is needed and what there is. Nothing where that is not known.
+    """
+    try:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return
+    if needed > there:
+        raise UserError(
+            f"{what} need {needed / 1e6:,.0f} MB of memory, and this machine has {there / 1e6:,.0f} MB"
+        )

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from selfalign.conditions import Condition
+from selfalign.errors import UserError
 from selfalign.tokens import TokenGrid, TokenGroups, one_group
 
 Tap = int | str
@@ -95,6 +96,27 @@ class Backbone(nn.Module):
             else:
                 nn.init.zeros_(parameter)
 
+    def require_taps(self, taps: Sequence[Tap], setting: str) -> None:
+        """Refuse taps at modules that are not there, or are lists of modules, which are never run.
+
+        Args:
+            taps: where features are to be taken.
+            setting: names the part that takes them in errors.
+
+        Raises:
+            UserError: there is no such module.
+        """
+        modules = dict(self.named_modules())
+        for tap in taps:
+            if isinstance(tap, str) and (
+                not tap or isinstance(modules.get(tap), nn.ModuleList | nn.ModuleDict | None)
+            ):
+                raise UserError(
+                    f"{setting} takes features of the module {tap!r}, which the backbone does not run: "
+                    "allowed are a block's number, a share of the depth, and names such as "
+                    + ", ".join([name for name in modules if name.startswith("blocks.")][:2])
+                )
+
     def add_head(self, name: str, head: nn.Module, tap: Tap) -> None:
         """Hang a head onto a tap; `forward` runs it where it is asked to."""
         self.add_module(name, head)
@@ -120,7 +142,7 @@ class Backbone(nn.Module):
                 processes of a job agree on which weights have one.
         """
         needed = dict.fromkeys([*taps, *(self.head_taps[name] for name in heads)])
-        with self._hooked(needed) as hooked:
+        with self._hooked(needed, tokens.shape[:2]) as hooked:
             velocity, features, embedded = self.transform(
                 tokens,
                 timesteps,
@@ -130,6 +152,13 @@ class Backbone(nn.Module):
             )
         assert velocity is not None
         features |= hooked
+        for name in heads:
+            width = features[self.head_taps[name]].shape[-1]
+            if width != self.hidden_size:
+                raise UserError(
+                    f"{name} takes features of the module {self.head_taps[name]!r}, which gives {width} "
+                    f"per token: needed are {self.hidden_size}"
+                )
         projected = {
             name: self.get_submodule(name)(features[self.head_taps[name]], embedded, groups)
             for name in heads
@@ -148,7 +177,7 @@ class Backbone(nn.Module):
         taps: Sequence[Tap],
     ) -> dict[Tap, Float[Tensor, "B N D"]]:
         """Features by tap. Blocks after the last of them are not run. Arguments as for `forward`."""
-        with self._hooked(taps) as hooked:
+        with self._hooked(taps, tokens.shape[:2]) as hooked:
             numbers = [tap for tap in taps if isinstance(tap, int)]
             last = max(map(self.block_of, taps))
             features = self.transform(tokens, timesteps, condition, groups, numbers, last).features
@@ -207,14 +236,25 @@ class Backbone(nn.Module):
         return int(number) + 1 if first == "blocks" and number.isdigit() else len(self.blocks)
 
     @contextmanager
-    def _hooked(self, taps: Sequence[Tap] | Mapping[Tap, Any]) -> Iterator[dict[Tap, Tensor]]:
-        """Collect what modules return that are asked for by name."""
+    def _hooked(
+        self, taps: Sequence[Tap] | Mapping[Tap, Any], shape: torch.Size
+    ) -> Iterator[dict[Tap, Tensor]]:
+        """Collect what modules return that are asked for by name: features (*shape, D).
+
+        Raises:
+            UserError: they return something else.
+        """
         found: dict[Tap, Tensor] = {}
         handles = []
         for name in taps:
             if isinstance(name, str):
 
-                def keep(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
+                def keep(module: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
+                    if not isinstance(output, Tensor) or output.shape[:2] != shape:
+                        raise UserError(
+                            f"the module {name!r} gives no features per token: they are taken of others, "
+                            "such as blocks and what is in them"
+                        )
                     found[name] = output
 
                 handles.append(self.get_submodule(name).register_forward_hook(keep))

@@ -19,7 +19,8 @@ MAX_CLASSES = 10**6
 MAX_SIDE = 2**14
 MAX_TOKENS = 2**20
 MAX_BATCH = 2**20
-MAX_WORKERS = 2**10
+MAX_PROCESSES = 2**10
+MAX_SAMPLES = 10**8
 MAX_COUNT = 10**12
 
 
@@ -118,6 +119,10 @@ class ObjectiveConfig(Choosing):
 
     terms: tuple[str, ...] = chosen("term", ())
     """Further terms, each with its settings under --terms.NAME."""
+
+    def check(self) -> None:
+        """A term is there once: its weight says how much of it."""
+        self.require(len(set(self.terms)) == len(self.terms), "terms", "allowed is each name once")
 
 
 @dataclass(frozen=True)
@@ -251,10 +256,10 @@ class TrainingConfig(Choosing):
             "steps",
             "gradient_accumulation",
             "log_every",
-            "heldout_samples",
             "keep_checkpoints",
         ):
             self.require_number(name, 1, MAX_COUNT, f"a number from 1 to {MAX_COUNT}")
+        self.require_number("heldout_samples", 1, MAX_SAMPLES, f"a number from 1 to {MAX_SAMPLES}")
         for name in ("warmup_steps", "sample_every", "evaluate_every", "checkpoint_every"):
             self.require_number(name, 0, MAX_COUNT, f"a number from 0 to {MAX_COUNT}")
         self.require_number("batch_size", 1, MAX_BATCH, f"a number from 1 to {MAX_BATCH}")
@@ -322,7 +327,7 @@ class DataConfig(Choosing):
     def check(self) -> None:
         """Limits of the numbers."""
         self.require_number("image_size", 1, MAX_SIDE, f"a number from 1 to {MAX_SIDE}")
-        self.require_number("workers", 0, MAX_WORKERS, f"a number from 0 to {MAX_WORKERS}")
+        self.require_number("workers", 0, MAX_PROCESSES, f"a number from 0 to {MAX_PROCESSES}")
         self.require(
             0 < self.train_fraction <= 1, "train_fraction", "allowed is a share above 0, up to 1"
         )

@@ -9,7 +9,7 @@ from selfalign.benchmark.limit import measure_pass_limit, seconds_of, synchroniz
 from selfalign.benchmark.measure import make_model
 from selfalign.config import ResolvedConfig
 from selfalign.errors import UserError
-from selfalign.sampling.generate import generate
+from selfalign.sampling.generate import check_sampling, generate
 from selfalign.sampling.settings import SamplingConfig
 
 
@@ -65,9 +65,13 @@ def time_sampling(
         batch_size: images.
         device: where.
         repetitions: how often, after one warm-up.
+
+    Raises:
+        UserError: the model cannot be sampled so.
     """
     device = torch.device(device)
     model = make_model(config).eval().requires_grad_(False).to(device)
+    check_sampling(model, sampling, config.views.class_dropout, None)
 
     def sample() -> None:
         for _ in generate(model, config.flow.path, sampling, batch_size, batch_size=batch_size):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -15,6 +16,7 @@ from selfalign.config import ResolvedConfig, resolve
 from selfalign.errors import UserError
 from selfalign.recipes import recipe
 from selfalign.sampling.settings import SamplingConfig
+from selfalign.sections import MAX_BATCH
 
 PAPERS_SAMPLING = SamplingConfig("sde", 250, 1.8, (0.0, 0.7))
 
@@ -103,8 +105,12 @@ def bench_command(arguments: Sequence[str]) -> int:
 
 
 def _config(arguments: BenchArguments, batch_size: int, compiled: bool = False) -> ResolvedConfig:
-    if min(arguments.batch_size, arguments.repetitions) < 1:
-        raise UserError("--batch-size and --repetitions: allowed are numbers from 1")
+    for name, value in (
+        ("batch-size", arguments.batch_size),
+        ("repetitions", arguments.repetitions),
+    ):
+        if not 1 <= value <= MAX_BATCH:
+            raise UserError(f"--{name} is {value}: allowed is a number from 1 to {MAX_BATCH:,}")
     channels, height, width = arguments.data.shape
     settings = {
         "model.size": arguments.model.size,
@@ -216,8 +222,9 @@ def _estimate(words: Sequence[str]) -> int:
             f"--batch-size is {parsed.batch_size}: must be a multiple of --devices {parsed.devices}"
         )
     for name in ("devices", "device_tflops", "attention_tflops", "device_bandwidth", "efficiency"):
-        if (value := getattr(parsed, name)) is not None and not value > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0")
+        if (value := getattr(parsed, name)) is not None and not 0 < value < math.inf:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} is {value}: allowed is a finite number above 0")
     from selfalign.benchmark.cost import Rates, step_cost
 
     config = _config(parsed, parsed.batch_size)

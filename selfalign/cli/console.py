@@ -70,6 +70,9 @@ def parse(
         description: stands above the options in the help, with an example.
         defaults: values of fields that differ from the class's own.
     """
+    for before, word in zip((program, *arguments), arguments, strict=False):
+        if not word:  # as of a shell's variable that is not set; a path would be the current folder
+            raise UserError(f"after {before} stands an empty word: allowed is a value")
     fields = dataclasses.fields(arguments_class)  # type: ignore[arg-type]
     given = {entry.name: defaults.get(entry.name, _own_default(entry)) for entry in fields}
     default: Any = arguments_class(**given) if defaults else tyro.MISSING_NONPROP

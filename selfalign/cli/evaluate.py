@@ -13,6 +13,7 @@ from selfalign.cli.console import console, make_bar, parse
 from selfalign.cli.tree import options_of, restore
 from selfalign.evaluation.config import EvaluationConfig
 from selfalign.evaluation.protocols import PROTOCOLS
+from selfalign.names import printable
 from selfalign.sampling.settings import SamplingConfig
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def _evaluate(parsed: EvaluateArguments, protocol: Sequence[str]) -> int:
 
     def show(what: str, done: int, total: int) -> None:
         if what not in tasks:
-            tasks[what] = bar.add_task(_plain(what))
+            tasks[what] = bar.add_task(printable(what))
         bar.update(tasks[what], completed=done, total=total)
 
     with bar, together(accelerator):
@@ -107,19 +108,10 @@ def _print_evaluation(evaluation: Evaluation) -> None:
             f"{features['heldout_accuracy']:.2%} of the held-out images"
         )
     for note in evaluation.notes:
-        console.print(f"note: {_plain(note)}")
-    reference = _plain(settings["reference"]["name"])
-    folder = _plain(str(evaluation.folder))
+        console.print(f"note: {printable(note)}")
+    reference = printable(settings["reference"]["name"])
+    folder = printable(str(evaluation.folder))
     console.print(
         f"{settings['samples']['count']} samples against {reference}: {folder}/evaluation.json, "
         f"{folder}/evaluation.png"
     )
-
-
-def _plain(text: str) -> str:
-    """Text from outside, such as a file's name, as the console can show it."""
-    from rich.markup import escape
-
-    from selfalign.names import printable
-
-    return escape(printable(text))

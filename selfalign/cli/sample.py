@@ -11,6 +11,9 @@ from selfalign.cli.console import MovedData, console, make_bar, parse
 from selfalign.cli.tree import options_of, restore
 from selfalign.errors import UserError
 from selfalign.sampling.settings import SamplingConfig
+from selfalign.sections import MAX_BATCH, MAX_SAMPLES
+
+SAMPLES, SETTINGS, GRID = "samples.npz", "sampling.json", "grid.png"
 
 
 @dataclass(frozen=True)
@@ -49,27 +52,40 @@ def sample_command(arguments: Sequence[str]) -> int:
         "sampling.json. Example: selfalign sample runs/digits --out runs/digits/generated --num 100 "
         "--solver sde --steps 250 --guidance-scale 1.8 --guidance-interval 0 0.7",
     )
-    for name, value in (("num", parsed.num), ("batch-size", parsed.batch_size)):
-        if value < 1:
-            raise UserError(f"--{name} is {value}: allowed is a number from 1")
+    for name, value, most in (
+        ("num", parsed.num, MAX_SAMPLES),
+        ("batch-size", parsed.batch_size, MAX_BATCH),
+    ):
+        if not 1 <= value <= most:
+            raise UserError(f"--{name} is {value}: allowed is a number from 1 to {most:,}")
     return _sample(parsed, restore(parsed.sampling, SamplingConfig()))
 
 
 def _sample(parsed: SampleArguments, sampling: SamplingConfig) -> int:
     """Imports what takes time once the options have been read."""
+    import math
+
     import numpy as np
 
-    from selfalign.disk import write_arrays
+    from selfalign.disk import require_room, require_writable, write_arrays
+    from selfalign.memory import require_memory
     from selfalign.processes import open_accelerator
     from selfalign.records import write_json
     from selfalign.runs.load import load_run, sampling_record
-    from selfalign.sampling.generate import check_sampling, generate, to_uint8
+    from selfalign.sampling.generate import LABEL_BYTES, check_sampling, generate, to_uint8
     from selfalign.sampling.pictures import draw_samples
 
     labels = parsed.labels
     device = open_accelerator().device
     run = load_run(parsed.run, parsed.weights, device, step=parsed.step, data_root=parsed.data.root)
     check_sampling(run.model, sampling, run.config.views.class_dropout, labels)
+    size = parsed.num * (math.prod(run.image_shape) + LABEL_BYTES)
+    require_writable(parsed.out)
+    for name in (SAMPLES, SETTINGS, GRID):
+        if (parsed.out / name).is_dir():
+            raise UserError(f"{parsed.out / name} is a folder: --out names another place")
+    require_room(parsed.out, size, f"{parsed.num:,} samples")
+    require_memory(2 * size, f"{parsed.num:,} samples")  # in parts, and joined
     images, chosen = [], []
     bar = make_bar("sampling")
     with bar:
@@ -91,12 +107,9 @@ def _sample(parsed: SampleArguments, sampling: SamplingConfig) -> int:
     arr_1 = np.concatenate([part.numpy() for part in chosen])
     record = sampling_record(run, sampling, weights=parsed.weights, num=parsed.num, labels=labels)
     names = run.class_names if run.model.num_classes else ()
-    try:
-        write_arrays(parsed.out / "samples.npz", {"arr_0": arr_0, "arr_1": arr_1})
-        write_json(parsed.out / "sampling.json", record)
-        draw_samples(parsed.out / "grid.png", arr_0, arr_1, names)
-    except OSError as error:
-        raise UserError(f"--out is {str(parsed.out)!r}: cannot be written ({error})") from error
+    write_arrays(parsed.out / SAMPLES, {"arr_0": arr_0, "arr_1": arr_1})
+    write_json(parsed.out / SETTINGS, record)
+    draw_samples(parsed.out / GRID, arr_0, arr_1, names)
     console.print(
         f"{parsed.num} samples from step {run.step} ({parsed.weights} weights): "
         f"{parsed.out / 'samples.npz'}, {parsed.out / 'grid.png'}"

@@ -25,7 +25,7 @@ from selfalign.study.grid import Grid
 from selfalign.study.grid_file import load_grid
 from selfalign.study.grids import GRIDS
 from selfalign.study.profiles import PROFILES, Profile
-from selfalign.study.settings import LaunchConfig, Measurement
+from selfalign.study.settings import MAX_SEEDS, LaunchConfig, Measurement
 
 if TYPE_CHECKING:  # these import torch, which printing help does not need
     from selfalign.study.launch import Status
@@ -132,8 +132,8 @@ def _run(arguments: Sequence[str]) -> int:
         **_defaults(profile, seeds if profile != "smoke" else None),
     )
     measurement = restore(parsed.measurement, PROFILES[profile].measurement)
-    if parsed.seeds < 1:
-        raise UserError(f"--seeds is {parsed.seeds}: allowed is a number from 1")
+    if not 1 <= parsed.seeds <= MAX_SEEDS:
+        raise UserError(f"--seeds is {parsed.seeds}: allowed is a number from 1 to {MAX_SEEDS:,}")
     from selfalign.study.launch import launch, require_launcher
     from selfalign.study.plan import Study, read_study, write_study
     from selfalign.study.report import write_report
@@ -188,8 +188,8 @@ def _power(arguments: Sequence[str]) -> int:
         "docs/results/digits --seeds 10",
         seeds=seeds or PowerArguments.seeds,
     )
-    if parsed.seeds < 2:
-        raise UserError(f"--seeds is {parsed.seeds}: allowed is a number from 2")
+    if not 2 <= parsed.seeds <= MAX_SEEDS:
+        raise UserError(f"--seeds is {parsed.seeds}: allowed is a number from 2 to {MAX_SEEDS:,}")
     from selfalign.pages.numbers import number, share
     from selfalign.study.power import power, read_pilot
     from selfalign.study.results import DISTANCES, METRICS

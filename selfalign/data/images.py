@@ -7,6 +7,7 @@ orientation tags are applied. What does not say how bright its numbers are is re
 
 import errno
 import io
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -61,7 +62,12 @@ def open_image(file: Path | str | io.BytesIO) -> Image.Image:
     """An image's header, in one of the formats that are read.
 
     By its content, whatever its name says: PostScript named .png is not handed to an interpreter.
+
+    Raises:
+        ValueError: it is no file, such as a pipe, which would wait for a writer.
     """
+    if not isinstance(file, io.BytesIO) and not os.path.isfile(file):  # noqa: PTH113 - at every image
+        raise ValueError("it is not a file")
     return Image.open(file, formats=FORMATS)
 
 

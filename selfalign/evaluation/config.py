@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from selfalign.errors import UserError
 from selfalign.evaluation.estimate import GROUPS
 from selfalign.evaluation.metrics import metrics
+from selfalign.sections import MAX_BATCH, MAX_SAMPLES
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, and how much of how much."""
@@ -67,11 +68,15 @@ class EvaluationConfig:
     data: EvaluationData = field(default_factory=EvaluationData)
 
     def __post_init__(self) -> None:
-        for name in ("num", "batch_size", "inception_splits"):
+        for name, most in (
+            ("num", MAX_SAMPLES),
+            ("batch_size", MAX_BATCH),
+            ("inception_splits", MAX_SAMPLES),
+        ):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and not 1 <= value <= most:
                 option = name.replace("_", "-")
-                raise UserError(f"--{option} is {value}: allowed is a number from 1")
+                raise UserError(f"--{option} is {value}: allowed is a number from 1 to {most:,}")
         known = metrics()
         for metric in self.metrics:
             if metric not in known:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -14,15 +15,14 @@ import torch
 from accelerate import Accelerator
 
 from selfalign.arrays import Array, Npz
-from selfalign.disk import locked, write_arrays, write_whole
+from selfalign.disk import locked, require_room, require_writable, write_arrays, write_whole
 from selfalign.errors import UserError
 from selfalign.evaluation.config import EvaluationConfig, Progress
 from selfalign.evaluation.inputs import ImageSet, open_images
-from selfalign.evaluation.places import existing, require_writable
 from selfalign.processes import together
 from selfalign.records import write_json
 from selfalign.runs.load import LoadedRun, sampling_record
-from selfalign.sampling.generate import Labels, check_sampling, generate, to_uint8
+from selfalign.sampling.generate import LABEL_BYTES, Labels, check_sampling, generate, to_uint8
 from selfalign.sampling.settings import SamplingConfig
 
 SHARD = 256
@@ -78,10 +78,7 @@ def plan_samples(
             that is too small, or kept samples that are damaged.
     """
     check_sampling(run.model, sampling, run.config.views.class_dropout, config.labels)
-    model = run.model
-    with torch.no_grad():
-        latent = torch.zeros(1, model.channels, *model.image_size, device=model.device)
-        channels, height, width = run.decode(latent).shape[1:]
+    shape = run.image_shape
     folder = samples_folder(run, config.weights, sampling, config.labels)
     num = config.num or RUN_SAMPLES
     kept = _kept(folder / "samples.npz")
@@ -94,18 +91,12 @@ def plan_samples(
             folder = config.out / folder.name
             require_writable(folder)
             kept = _kept(folder / "samples.npz")
-        size = channels * height * width + 8  # and a label
+        size = math.prod(shape) + LABEL_BYTES
         missing = num - kept
         # Shards and what they are joined to lie side by side for a moment.
-        needed, free = size * (num + missing), shutil.disk_usage(existing(folder)).free
-        if missing > 0 and needed > free:
-            raise UserError(
-                f"{num:,} samples need {needed / 1e6:,.0f} MB in {folder}, where {free / 1e6:,.0f} MB "
-                "are free: allowed are a smaller --num, or --out on another disk"
-            )
-    return PlannedSamples(
-        run, config.weights, sampling, config.labels, num, (channels, height, width), folder
-    )
+        if missing > 0:
+            require_room(folder, size * (num + missing), f"{num:,} samples")
+    return PlannedSamples(run, config.weights, sampling, config.labels, num, shape, folder)
 
 
 def samples_folder(

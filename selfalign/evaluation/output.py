@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
+from selfalign.disk import real_path, require_writable
 from selfalign.errors import UserError
 from selfalign.evaluation.generation import PlannedSamples
-from selfalign.evaluation.places import require_writable
 from selfalign.evaluation.report import Evaluation
 from selfalign.evaluation.setup import Setup
 from selfalign.records import write_json
@@ -17,7 +17,7 @@ def report_folder(setup: Setup) -> Path:
     Raises:
         UserError: a folder that cannot be made or written into, or the place of what is read.
     """
-    config, whole = setup.config, setup.subject.resolve()
+    config, whole = setup.config, real_path(setup.subject)
     samples = setup.samples.folder if isinstance(setup.samples, PlannedSamples) else None
     folder = config.out or samples or whole.with_name(f"{whole.stem or 'samples'}-evaluation")
     require_writable(folder)
@@ -26,14 +26,14 @@ def report_folder(setup: Setup) -> Path:
             raise UserError(f"{folder / name} is a folder: --out names another place")
     read = [whole] if samples is None else []
     if config.reference is not None and os.path.exists(config.reference):  # noqa: PTH110
-        read.append(Path(config.reference).resolve())
+        read.append(real_path(Path(config.reference)))
     for place in read:
-        if place.is_dir() and folder.resolve().is_relative_to(place):
+        if place.is_dir() and real_path(folder).is_relative_to(place):
             raise UserError(
                 f"--out is {str(folder)!r}, within the images of {place}: the picture would be one of "
                 "them next time"
             )
-        if config.write_reference is not None and config.write_reference.resolve() == place:
+        if config.write_reference is not None and real_path(config.write_reference) == place:
             raise UserError(f"--write-reference is {str(place)!r}, which is read from")
     if config.write_reference is not None:
         require_writable(config.write_reference.parent)

@@ -77,6 +77,8 @@ def open_setup(
         run = load_run(
             subject, config.weights, accelerator.device, step=config.step, data_root=moved
         )
+    elif run is None and config.step is not None:
+        raise UserError(f"--step is {config.step}: {subject} is no run, which alone has steps")
     elif not os.path.exists(subject):  # noqa: PTH110
         raise UserError(
             f"{subject} does not exist: allowed are a run, a .npz or a folder of images"

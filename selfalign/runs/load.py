@@ -43,6 +43,15 @@ class LoadedRun:
         return self._decoder(images) if self.config.data.source.decodes else images
 
     @functools.cached_property
+    def image_shape(self) -> tuple[int, int, int]:
+        """C, H and W of a decoded image. Raises what `decode` raises."""
+        model = self.model
+        with torch.no_grad():
+            latent = torch.zeros(1, model.channels, *model.image_size, device=model.device)
+            channels, height, width = self.decode(latent).shape[1:]
+        return channels, height, width
+
+    @functools.cached_property
     def _decoder(self) -> Callable[[Tensor], Tensor]:
         source = open_data(self.config.data)
         if self.fingerprint not in (None, source.fingerprint):

@@ -1,12 +1,13 @@
 """Runs that are started, and runs that are gone on with."""
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from selfalign.config import RunConfig, override, resolve
+from selfalign.config import ResolvedConfig, RunConfig, override, resolve
 from selfalign.data.contents import ABSENT, Recorded, describe_changes
 from selfalign.data.datasets import open_data
 from selfalign.data.source import DataSource
@@ -72,13 +73,7 @@ def start_run(
     source = main_process_first(accelerator, lambda: open_data(config.data))
     _tell(found, source, accelerator)
     with together(accelerator):
-        resolved = resolve(
-            config,
-            source.channels,
-            source.image_size,
-            source.num_classes,
-            accelerator.num_processes,
-        )
+        resolved = _resolve(config, source, accelerator)
     made = missing_folders(folder)
     try:
         with sole_writer(folder, accelerator):
@@ -150,7 +145,7 @@ def resume_run(
             told = _check_data(folder, recorded, source, accept_changes)
             if told and accelerator.is_main_process:
                 warnings.warn(told, stacklevel=2)
-            resolved = resolve(config, processes=accelerator.num_processes)
+            resolved = _resolve(config, source, accelerator)
         state = begin(resolved, source, folder, accelerator, checkpoint)
         with together(accelerator):
             if accelerator.is_main_process:
@@ -158,6 +153,13 @@ def resume_run(
                 if step is not None and checkpoint is not None:
                     rewind(folder / CHECKPOINTS, checkpoint)
         return train(state, _monitors(config, monitors), progress)
+
+
+def _resolve(config: RunConfig, source: DataSource, accelerator: Accelerator) -> ResolvedConfig:
+    """The tree with what the data determines; of a run that goes on it has to be what it was."""
+    return resolve(
+        config, source.channels, source.image_size, source.num_classes, accelerator.num_processes
+    )
 
 
 def _check_data(folder: Path, recorded: Recorded, source: DataSource, accept: bool) -> str:
@@ -197,9 +199,17 @@ def _refuse_used(folder: Path, accelerator: Accelerator) -> None:
 
 
 def _checkpoint(folder: Path, step: int | None) -> Path | None:
-    """Where to go on from; None where nothing has been saved yet."""
+    """Where to go on from; None where nothing has been saved yet.
+
+    Raises:
+        UserError: checkpoints are out of reach, on a disk that is not mounted for one, or damaged.
+    """
     place = folder / CHECKPOINTS
-    if step is None and not (place / "latest").exists() and not checkpoints(place):
+    if os.path.lexists(place) and not place.is_dir():
+        raise UserError(
+            f"{place} is no folder, or a link that leads nowhere: nothing is begun anew"
+        )
+    if step is None and not os.path.lexists(place / "latest") and not checkpoints(place):
         return None
     return choose_checkpoint(place, step)
 

@@ -17,6 +17,9 @@ from selfalign.sampling.guidance import GuidedModel
 from selfalign.sampling.settings import SamplingConfig
 from selfalign.tokens import TokenGroups, group_sizes
 
+LABEL_BYTES = 8
+"""Of a sample's label in a file."""
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -96,6 +99,9 @@ def generate(
             draws them.
         first: number of the first sample.
         separate: whether sampling with groups separates their attention, as the model was trained.
+
+    Raises:
+        UserError: a sample is not finite.
     """
     device = model.device
     if device.type == "cpu":
@@ -131,6 +137,11 @@ def generate(
         with torch.no_grad():
             images = config.make_solver().solve(
                 guided, noise, config.steps, PATHS[path], lambda step: draw()
+            )
+        if not bool(images.isfinite().all()):
+            raise UserError(
+                f"samples {indices.start} to {indices.stop - 1} are not finite: the model has diverged, or "
+                f"is guided too strongly (guidance_scale is {config.guidance_scale:g})"
             )
         yield Samples(indices, images.float(), chosen)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +11,10 @@ from selfalign.parts import Choosing, PartSettings, chosen
 
 if TYPE_CHECKING:
     from selfalign.sampling.solvers import Solver
+
+MAX_STEPS = 10**6
+MAX_SCALE = 1000
+"""Far beyond what anybody has sampled with; bounded before work is begun that would not end."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class Guidance:
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise UserError(f"guidance interval is {low} {high}: allowed are 0 <= low <= high <= 1")
-        if not 1 <= self.scale < math.inf:
-            raise UserError(f"guidance scale is {self.scale}: allowed is 1 (off) or more")
+        if not 1 <= self.scale <= MAX_SCALE:
+            raise UserError(f"guidance scale is {self.scale}: allowed is 1 (off) to {MAX_SCALE}")
 
     def applies(self, t: float) -> bool:
         """Whether a step that starts at t is guided."""
@@ -60,7 +63,7 @@ class SamplingConfig(Choosing):
 
     def check(self) -> None:
         """Limits of the numbers."""
-        self.require(self.steps >= 1, "steps", "allowed is a number from 1")
+        self.require_number("steps", 1, MAX_STEPS, f"a number from 1 to {MAX_STEPS:,}")
         self.require(0 <= self.mask_ratio < 1, "mask_ratio", "allowed is 0 (off) to below 1")
         self.require(0 <= self.seed < 2**63, "seed", "allowed is a whole number from 0 to 2^63-1")
         assert self.guidance is not None  # made once, so that it checks its numbers

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 import os
 import platform
 import signal
@@ -207,7 +208,8 @@ def _measure(job: Job, folder: Path, measurement: Measurement) -> RunResult:
         if name in metrics and points:
             curves[name] = [*points, (run.step, metrics[name])]
     cost = step_cost(run.config, training.batch_size)
-    seconds = [training.batch_size / x["samples_per_second"] for x in lines if "loss" in x]
+    rates = [x["samples_per_second"] for x in lines if x.get("samples_per_second")]
+    seconds = [training.batch_size / rate for rate in rates] or [math.nan]
     return RunResult(
         variant=job.variant,
         seed=job.seed,

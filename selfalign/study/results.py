@@ -11,15 +11,18 @@ import numpy as np
 
 from selfalign.disk import write_whole
 from selfalign.errors import UserError
-from selfalign.records import read_plain
+from selfalign.names import printable
+from selfalign.records import read_bytes, read_plain
 from selfalign.study.estimates import Array, PairErrors
 from selfalign.study.parsing import checked
-from selfalign.study.plan import Study, read_study
+from selfalign.study.plan import Job, Study, read_study
 
 ERRORS_FILE = "heldout_errors.npz"
 """In a run's folder: by metric the squared error of every held-out pair, and its image and bin of t."""
 RESULT_FILE = "result.json"
 FAILED_SUFFIX = ".failed"
+MAX_MESSAGE = 10**6
+"""Bytes of the line that says why a run has no result."""
 RUNS = "runs"
 """Folder of the runs, in the study's."""
 
@@ -236,23 +239,30 @@ def _read_errors(path: Path, metric: str) -> tuple[Array, Array, Array] | None:
     return found
 
 
+def _require_its_own(result: RunResult, job: Job, path: Path) -> None:
+    """Refuse a result that lies in another run's place, or that says that its run is elsewhere."""
+    expected = (job.variant, job.seed, job.train_fraction, f"{RUNS}/{job.name}")
+    if (result.variant, result.seed, result.train_fraction, result.folder) != expected:
+        raise UserError(f"{path} is the result of another run: of {result.folder!r}")
+
+
 def read_results(folder: Path) -> StudyResults:
     """What a study's folder holds now, finished or not.
 
     Raises:
-        UserError: there is no study in it.
+        UserError: there is no study in it, or something in it is damaged.
     """
     study = read_study(folder)
     done, failed, waiting = [], [], []
     for job in study.jobs():
         run = folder / RUNS / job.name
         if (result := read_result(run)) is not None:
+            _require_its_own(result, job, run / RESULT_FILE)
             done.append(result)
         elif (failure := run.with_suffix(FAILED_SUFFIX)).is_file():
             log = run.with_suffix(".log")
-            failed.append(
-                Failure(job.name, failure.read_text().strip(), str(log.relative_to(folder)))
-            )
+            said = printable(read_bytes(failure, MAX_MESSAGE).decode(errors="backslashreplace"))
+            failed.append(Failure(job.name, said, str(log.relative_to(folder))))
         else:
             waiting.append(job.name)
     return StudyResults(study, tuple(done), tuple(failed), tuple(waiting), folder)

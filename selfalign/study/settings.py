@@ -7,10 +7,13 @@ from typing import Literal
 from selfalign.errors import UserError
 from selfalign.evaluation.metrics.distances import LEAST_EXTRAPOLATED
 from selfalign.sampling.settings import SamplingConfig
+from selfalign.sections import MAX_PROCESSES, MAX_SAMPLES
 
 FEATURES = ("inception", "dinov2", "classifier")
 FEWEST_SAMPLES = 20
 """Of which a Fréchet distance can be measured."""
+MAX_SEEDS = 10_000
+MAX_MINUTES = 10**7
 
 
 @dataclass(frozen=True)
@@ -33,19 +36,17 @@ class Measurement:
     """How samples are made: the same noise and labels for all variants."""
 
     def __post_init__(self) -> None:
-        if self.num < FEWEST_SAMPLES:
-            raise UserError(
-                f"measurement.num is {self.num}: allowed is a number from {FEWEST_SAMPLES}"
-            )
-        if self.on_the_way and self.on_the_way < FEWEST_SAMPLES:
-            raise UserError(
-                f"measurement.on_the_way is {self.on_the_way}: allowed are 0 and a number from "
-                f"{FEWEST_SAMPLES}"
-            )
-        if self.heldout_pairs is not None and self.heldout_pairs < 10:
-            raise UserError(
-                f"measurement.heldout_pairs is {self.heldout_pairs}: allowed is a number from 10"
-            )
+        for name, value, least in (
+            ("num", self.num, FEWEST_SAMPLES),
+            ("on_the_way", self.on_the_way or None, FEWEST_SAMPLES),
+            ("heldout_pairs", self.heldout_pairs, 10),
+        ):
+            if value is not None and not least <= value <= MAX_SAMPLES:
+                zero = "0 and " * (name == "on_the_way")
+                raise UserError(
+                    f"measurement.{name} is {value}: allowed is {zero}a number from {least} to "
+                    f"{MAX_SAMPLES:,}"
+                )
         named = self.features is None or self.features.startswith("timm:")
         if not named and self.features not in FEATURES:
             raise UserError(
@@ -88,7 +89,14 @@ class LaunchConfig:
     same."""
 
     def __post_init__(self) -> None:
-        for name, least in (("processes", 1), ("threads", 1), ("gpus", 0), ("minutes", 1)):
+        for name, least, most in (
+            ("processes", 1, MAX_PROCESSES),
+            ("threads", 1, MAX_PROCESSES),
+            ("gpus", 0, MAX_PROCESSES),
+            ("minutes", 1, MAX_MINUTES),
+        ):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"--{name} is {value}: allowed is a number from {least}")
+            if value is not None and not least <= value <= most:
+                raise UserError(
+                    f"--{name} is {value}: allowed is a number from {least} to {most:,}"
+                )

@@ -31,6 +31,10 @@ class Target(Part):
         """Features of the student's own pass that the target is made of. None by default."""
         return ()
 
+    def teacher_taps(self, config: ResolvedConfig) -> tuple[Tap, ...]:
+        """Features of the EMA teacher that the target is made of. None by default."""
+        return ()
+
     @abstractmethod
     def features(self, forward: Pass) -> Float[Tensor, "B N Z"]:
         """The target's features of a batch.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from selfalign.config import RunConfig
+    from selfalign.config import ResolvedConfig, RunConfig
     from selfalign.network import Tap
     from selfalign.objective import Pass
     from selfalign.views import Draw, View, Views
@@ -69,6 +69,10 @@ class EMATarget(Target):
     def tap(self, config: RunConfig) -> Tap:
         """Where the teacher's features are taken."""
         return find_tap(self.block, config.depth, self.dotted("block"))
+
+    def teacher_taps(self, config: ResolvedConfig) -> tuple[Tap, ...]:
+        """The block."""
+        return (self.tap(config),)
 
     def features(self, forward: Pass) -> Float[Tensor, "B N D"]:
         """sg[h_EMA^n] of Eq. 3: the raw output of block n; later blocks are not run."""

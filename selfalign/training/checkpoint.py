@@ -6,6 +6,7 @@ beside its place and renamed into it; the file `checkpoints/latest` names the la
 `checkpoints/monitored` the last one whose monitors are through.
 """
 
+import os
 import re
 import shutil
 from collections import defaultdict
@@ -49,6 +50,8 @@ class CheckpointState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of the gradients, under fp16."""
     skipped: Count = 0
     """Steps left out because they were not finite."""
+    optimizer: str | None = None
+    """Name of the optimizer; None in checkpoints that did not record it."""
 
 
 class Checksums(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -137,7 +140,7 @@ def latest_checkpoint(folder: Path) -> Path:
         UserError: there is none, or `latest` names something else.
     """
     pointer = folder / "latest"
-    if not pointer.exists():
+    if not os.path.lexists(pointer):
         # A run that was killed between its first checkpoint's renaming and this file's has one.
         if found := checkpoints(folder):
             return found[-1]
@@ -191,7 +194,7 @@ def verify(checkpoint: Path, files: Sequence[str] = FILES) -> CheckpointState:
     missing = [name for name in dict.fromkeys(files) if not (checkpoint / name).is_file()]
     if missing:
         raise UserError(f"checkpoint {checkpoint} lacks {', '.join(missing)}")
-    if (checkpoint / CHECKSUMS).exists():
+    if os.path.lexists(checkpoint / CHECKSUMS):
         sums = read_json(checkpoint / CHECKSUMS, Checksums).xxh3_128
         for file in files:
             if _checksum(checkpoint / file) != sums.get(file):

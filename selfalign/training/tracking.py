@@ -17,6 +17,9 @@ from selfalign.records import read_bytes
 MAX_BYTES = 2**32
 _NUMBER = int | float | None  # what is not finite is null in JSON
 _LINE = dict[Annotated[str, msgspec.Meta(max_length=200)], _NUMBER | str | list[_NUMBER]]
+_NUMBERS = ("loss", "_norm", "_rate", "_per_second", "heldout_ema", "heldout_raw")
+"""How names end whose values are read as numbers; distances, too, are (`fd_…`, `fid`)."""
+_BY_TIMESTEP = tuple(f"heldout_{weights}_by_timestep" for weights in ("ema", "raw"))
 
 
 class Metrics:
@@ -106,7 +109,19 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(step, int) or not 0 <= step < 2**53:
         return None
+    if any(_is_of_another_kind(name, value) for name, value in values.items()):
+        return None
+    if "heldout_ema" in values and not values.keys() >= {"heldout_raw", *_BY_TIMESTEP}:
+        return None
     return {name: _from_json(value) for name, value in values.items()}
+
+
+def _is_of_another_kind(name: str, value: object) -> bool:
+    """Whether a value is not what those who read it by its name take it for."""
+    if name in _BY_TIMESTEP:
+        return not isinstance(value, list)
+    is_number = name.endswith(_NUMBERS) or name.startswith(("fd_", "fid"))
+    return is_number and isinstance(value, str | list)
 
 
 def _from_json(value: Any) -> Any:

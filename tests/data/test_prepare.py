@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -397,11 +398,9 @@ def test_output_inside_the_source(class_folder: Path):
 def test_too_little_space_is_said_before_the_work(
     class_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    module = sys.modules["selfalign.data.latents.prepare"]
-    monkeypatch.setattr(
-        module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})()
-    )
-    with pytest.raises(UserError, match=r"0\.0 MB free: needed are 0\.0 MB"):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"images need 0\.0 MB in .*, where 0\.0 MB are free"):
         prepare(str(class_folder), tmp_path / "out", PIXELS)
 
 

@@ -30,9 +30,7 @@ def parse_size(name: str) -> tuple[Size, int]:
     Raises:
         UserError: the name is not one of SIZES, or the patch size not one of PATCH_SIZES.
     """
-    size, _, patch = name.partition("/")
-    if size == "tiny" and not patch:
-        patch = "1"
+    size, _, patch = (f"{name}/1" if name == "tiny" else name).partition("/")
     if size not in SIZES or patch not in map(str, PATCH_SIZES):
         raise UserError(
             f"model.size is {name!r}: allowed are {', '.join(SIZES)} followed by "

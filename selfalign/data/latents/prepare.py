@@ -1,6 +1,5 @@
 """From a source of images to a stored set: in parallel, shard by shard, and again after any kill."""
 
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +25,16 @@ from selfalign.data.latents.store import (
 from selfalign.data.latents.workers import write_shards
 from selfalign.data.listing import ignored
 from selfalign.data.splits import order_by_hash, split_in_order
-from selfalign.disk import LOCK, locked, reason, remove, sweep, write_whole
+from selfalign.disk import (
+    LOCK,
+    locked,
+    real_path,
+    reason,
+    remove,
+    require_room,
+    sweep,
+    write_whole,
+)
 from selfalign.errors import UserError
 from selfalign.records import read_json, write_json
 
@@ -59,7 +67,7 @@ def prepare(
     opened = open_source(source, config)
     autoencoder = None if config.vae == "none" else _load(config, opened)
     layout = make_layout(source, opened, config, autoencoder)
-    if out.resolve().is_relative_to(Path(source).resolve()):
+    if real_path(out).is_relative_to(real_path(Path(source))):
         raise UserError(f"out is {str(out)!r}, inside the source: allowed is any other folder")
     _require_ours(out)
     existed = out.exists()
@@ -138,11 +146,7 @@ def _begin(root: Path, layout: Layout, autoencoder: "AutoencoderKL | None") -> N
         write_json(root / PLAN, layout)
     finished = (shard.stat().st_size for shard in root.glob("shard-*.bin"))
     missing = layout.images * layout.record_bytes - sum(finished)
-    free = shutil.disk_usage(root).free
-    if missing > free:
-        raise UserError(
-            f"{str(root)!r} has {free / 1e6:,.1f} MB free: needed are {missing / 1e6:,.1f} MB"
-        )
+    require_room(root, missing, f"{layout.images:,} images")
     if autoencoder is not None and not (root / AUTOENCODER).exists():
         vae.store_autoencoder(autoencoder, root / AUTOENCODER)
 

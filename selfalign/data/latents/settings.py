@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from selfalign.sections import MAX_SIDE, check_colour
+from selfalign.sections import MAX_PROCESSES, MAX_SIDE, check_colour
 from selfalign.settings import Settings
-
-MAX_PROCESSES = 2**10
 
 
 @dataclass(frozen=True)

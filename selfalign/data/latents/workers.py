@@ -59,6 +59,18 @@ class _Job:
         return range(first, min(first + self.layout.shard_images, self.layout.images))
 
 
+class _Count:
+    """What `multiprocessing.Value` is to processes, for threads."""
+
+    def __init__(self) -> None:
+        self.value = 0
+        self._lock = threading.Lock()
+
+    def get_lock(self) -> threading.Lock:
+        """Held while the number is changed."""
+        return self._lock
+
+
 class _StoppedError(Exception):
     """The work was called off while a shard was being written."""
 
@@ -106,7 +118,7 @@ class _Worker:
                     with job.done.get_lock():
                         job.done.value += len(batch)
 
-        write_whole(job.root / name, write)
+        write_whole(job.root / name, write, len(images) * job.layout.record_bytes)
         finished = Shard(name, len(images) - len(skipped), digest.hexdigest(), tuple(skipped))
         sums = np.array(checksums, "<u8")
         write_whole(job.root / finished.checksums, lambda path: sums.tofile(path))
@@ -194,9 +206,13 @@ def write_shards(
     missing = [number for number in found if number not in shards]
     processes = min(config.processes, len(missing))
     context = multiprocessing.get_context("spawn")
-    sources: Any = context.Queue() if processes > 1 else queue.SimpleQueue()
-    done, started = context.Value("q", 0), context.Value("q", 0)
-    job = _Job(root, sources, config, layout, done, started, context.Event())
+    job: _Job
+    if processes > 1:
+        counters = context.Value("q", 0), context.Value("q", 0)
+        job = _Job(root, context.Queue(), config, layout, *counters, context.Event())
+    else:
+        job = _Job(root, queue.SimpleQueue(), config, layout, _Count(), _Count(), threading.Event())
+    sources, done = job.sources, job.done
     done.value = sum(len(job.images_of(number)) for number in shards)
     progress(done.value, layout.images)
     if not missing:

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import os
 from functools import partial
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def _open_path(path: Path, config: PrepareConfig) -> Source:
         )
     if not path.is_dir():
         raise UserError(f"source is {str(path)!r}: allowed are files and folders")
-    if (path / "dataset.json").exists():
+    if os.path.lexists(path / "dataset.json"):
         return open_listed(path, config.skip_unreadable)
     if (path / "dataset_dict.json").is_file() and (path / "train" / "state.json").is_file():
         return _open_path(path / "train", config)  # as `hub:` does where no split is named

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from selfalign.config import ResolvedConfig
 from selfalign.data.source import DataSource
 from selfalign.data.stream import BatchOfMicroStep, training_batches
-from selfalign.errors import Interrupted
+from selfalign.errors import Interrupted, UserError
 from selfalign.network import Backbone
 from selfalign.objective import Losses
 from selfalign.processes import together

@@ -77,8 +77,9 @@ def gradients(folder: Path) -> dict[str, Any]:
     Args:
         folder: a run of `sra`, whose raw weights are θ and whose EMA is the teacher.
     """
-    student = load_run(folder, "raw").model
     run = load_run(folder, "ema")
+    student = selfalign.build_student(run.config)  # what is loaded takes no gradients
+    student.load_state_dict(load_run(folder, "raw").model.state_dict())
     source = open_data(run.config.data)
     found = {}
     for attention in ("separated", "full"):

@@ -2,15 +2,17 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import theory
+import theory_runs
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate
-from support import clean_images, randomize, resolved
+from support import clean_images, draw_of, randomize, resolved
 from theory_runs import best_velocity, excess
 
 from selfalign import Objective, build_student
@@ -114,6 +116,31 @@ class TestGradientVariance:
         assert theory.variance_ratio((0.25, 0.75), 1) == pytest.approx(0.625)
         assert theory.variance_ratio((0.25, 0.75), 0.2) == pytest.approx(0.625 / 0.7)
         assert theory.variance_ratio((0.25, 0.75), 0) == 1
+
+
+def test_a_loss_is_the_sum_of_its_groups() -> None:
+    config = resolved("sra-dts-as")
+    student, teacher = build_student(config), build_student(config)
+    randomize(student, 0, std=0.1)
+    randomize(teacher, 1, std=0.1)
+    labels = torch.zeros(8, dtype=torch.int64)
+    objective = Objective(config)
+    forward = objective.predict(student, teacher, clean_images(config), labels, draw_of(config))
+    parts = theory_runs._by_group(objective, forward)
+    assert len(parts) == 2
+    assert sum(parts).item() == pytest.approx(objective.losses(forward).total.item(), rel=1e-5)
+
+
+def test_gradients_at_a_runs_weights(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(theory_runs, "BATCHES", 6)
+    monkeypatch.setattr(theory_runs, "BLOCKS", 3)
+    found = theory_runs.gradients(small_run)
+    assert set(found) == {"separated", "full"}
+    for values in found.values():
+        for value, error in values.values():
+            assert math.isfinite(value) and error >= 0
+        assert 0.2 < values["variance_ratio"][0] < 5
+        assert abs(values["correlation_shared"][0]) <= 1
 
 
 @pytest.mark.parametrize("attention", ["separated", "full"])

@@ -10,7 +10,9 @@ import tyro
 from selfalign.cli.bench import EstimateArguments, StepArguments
 from selfalign.cli.bench import SampleArguments as BenchSampleArguments
 from selfalign.cli.evaluate import EvaluateArguments
+from selfalign.cli.inspect import InspectArguments
 from selfalign.cli.prepare import PrepareArguments
+from selfalign.cli.report import ReportArguments
 from selfalign.cli.sample import SampleArguments
 from selfalign.cli.study import StudyArguments
 from selfalign.cli.tree import options_of
@@ -39,8 +41,10 @@ def _commands() -> Any:
             "train": _choice({name: _training(name) for name in RECIPES}),
             "sample": SampleArguments,
             "evaluate": EvaluateArguments,
+            "inspect": InspectArguments,
             "prepare": PrepareArguments,
             "study": _choice(dict.fromkeys(GRIDS, StudyArguments)),
+            "report": ReportArguments,
             "bench": _choice(
                 {
                     "step": StepArguments,

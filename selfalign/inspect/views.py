@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,11 +15,17 @@ from torch import Tensor
 
 from selfalign.config import ResolvedConfig
 from selfalign.errors import UserError
+from selfalign.evaluation.config import Progress
+from selfalign.inspect.section import About, Section
+from selfalign.pages.figures import Chart
 from selfalign.pages.svg import drawing, to_svg
 from selfalign.randomness import make_generator
 from selfalign.sampling.generate import to_uint8
 from selfalign.targets.ema import EMATarget
 from selfalign.views import View, draw_views, make_views
+
+if TYPE_CHECKING:
+    from selfalign.inspect.subject import Subject
 
 BATCH = 8
 """Of which the first are whole images under whole-image mixing, and the last is not."""
@@ -102,7 +108,7 @@ def see_views(
         members = _members(view)[index]
         separate = view.groups.separate and not one_group
         return SeenView(
-            image=_pixels(noised, decode),
+            image=pixels(noised, decode),
             grid=(grid.shape[0], grid.shape[1]),
             groups=torch.zeros_like(members) if one_group else members,
             timesteps=tuple(timesteps[:1] if one_group else timesteps),
@@ -113,7 +119,7 @@ def see_views(
     for index in shown:
         student = see(views.student, index)
         assert student is not None
-        clean = _pixels(image, decode)
+        clean = pixels(image, decode)
         seen.append(SeenImage(clean, student, see(teacher, index), index < whole))
     return seen
 
@@ -124,9 +130,10 @@ def _members(view: View) -> Int[Tensor, "B N"]:
     return view.groups.restore(view.groups.broadcast(numbers))[..., 0]
 
 
-def _pixels(
+def pixels(
     image: Float[Tensor, "C H W"], decode: Callable[[Tensor], Tensor]
 ) -> UInt8[Tensor, "C H W"]:
+    """A sample as bytes; its first channels, scaled, where it cannot be decoded."""
     try:
         return to_uint8(decode(image[None]))[0].cpu()
     except UserError:
@@ -157,7 +164,7 @@ def draw_diagram(seen: SeenImage, title: str) -> str:
             (clean, *student), ("image", "input at t", "attention"), strict=True
         ):
             axis.set_title(heading, loc="left")
-        _show(clean, _as_array(seen.clean))
+        _show(clean, as_array(seen.clean))
         _caption(clean, "clean")
         sizes = seen.student.groups.bincount().tolist()
         if len(sizes) > 1:
@@ -176,7 +183,7 @@ def draw_diagram(seen: SeenImage, title: str) -> str:
 
 def _draw_view(axes: Sequence[Axes], name: str, view: SeenView) -> None:
     image, mask = axes
-    _show(image, _as_array(view.image))
+    _show(image, as_array(view.image))
     _show(image, _tint(view, alpha=70), extent=image.images[0].get_extent())
     _caption(image, name, [f"{t:.2f}" for t in view.timesteps])
     _show(mask, _mask(view))
@@ -222,7 +229,8 @@ def _rgb(group: int) -> list[int]:
     return list(bytes.fromhex(_colour(group)[1:]))
 
 
-def _as_array(image: UInt8[Tensor, "C H W"]) -> np.ndarray[Any, Any]:
+def as_array(image: UInt8[Tensor, "C H W"]) -> np.ndarray[Any, Any]:
+    """Bytes as matplotlib shows them: (H, W) for one channel, else (H, W, 3)."""
     picture = image.permute(1, 2, 0).numpy()
     return picture[..., 0] if picture.shape[2] == 1 else picture[..., :3]
 
@@ -247,3 +255,43 @@ def _mask(view: SeenView) -> np.ndarray[Any, Any]:
     for row, group in enumerate(rows):
         mask[row, attends[row]] = [*(_rgb(group) if grouped else [128] * 3), 255]
     return mask
+
+
+ABOUT = About(
+    title="Views of an image",
+    question="What do student and teacher see of an image?",
+    definition="A held-out image noised as in training by the recipe’s own settings, with its true groups "
+    "and masks (the paper’s Figures 1 to 3); only the timesteps are set, far apart so that they can be seen.",
+)
+
+
+def look(subject: "Subject", progress: Progress) -> Section:
+    """One held-out image as student and teacher see it."""
+    config = subject.config
+    if len(config.grid.shape) != 2:
+        return ABOUT.left_out("pictures are drawn of data with two axes")
+    image = subject.source.heldout.read([0])[0][0]
+    seen = see_views(config, image, subject.decode)
+    share = config.views.whole_image_fraction
+    names = [f"{share:g} of each batch, kept whole", f"the other {1 - share:g} of each batch"]
+    titles = names if len(seen) > 1 else ["One image of a batch"]
+    told = "What student and teacher see of one image, and which tokens attend to which"
+    charts = [
+        Chart(
+            title,
+            draw_diagram(one, told),
+            "Tokens of a group in one tint, their timesteps below; a row of the attention is coloured where "
+            "its token attends.",
+        )
+        for title, one in zip(titles, seen, strict=True)
+    ]
+    progress("views of an image", 1, 1)
+    full = [bool(one.student.attends.all()) for one in seen]
+    return Section(
+        ABOUT,
+        charts=charts,
+        numbers={
+            "tokens_per_group": [one.student.groups.bincount().tolist() for one in seen],
+            "attention": ["full" if whole else "within groups" for whole in full],
+        },
+    )

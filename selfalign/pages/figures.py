@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from selfalign.pages.numbers import Measured
@@ -29,15 +30,17 @@ class Chart:
     title: str
     svg: str
     caption: str = ""
+    legend: Sequence["Series"] = ()
+    """Whose colours are explained above it."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """A variant's line: the same colour and dashes in every chart."""
+    """A line: what it is of has the same colour and dashes in every chart."""
 
     name: str
     style: int
-    """Its place among the variants."""
+    """Its place among all lines of the page."""
     points: Sequence[tuple[float, Measured]] = ()
 
     @property
@@ -105,17 +108,7 @@ def line_chart(
         figure, axis = _axis(3.28)
         axis.grid(axis="y", color=palette("rule"), linewidth=0.75)
         for line in series:
-            ends = [_ends(mean) for _, mean in line.points]
-            dashes = tuple(map(float, line.dashes.split()))
-            style: dict[str, Any] = {"color": palette(line.colour), "linewidth": 1.8}
-            style["linestyle"] = (0, dashes) if dashes else "solid"
-            x, y = [x for x, _ in line.points], [mean.mean for _, mean in line.points]
-            axis.plot(x, y, marker="o", markersize=4, **style)
-            if shares:
-                axis.vlines(x, *zip(*ends, strict=True), **style)
-            elif len(x) > 1:
-                low, high = zip(*ends, strict=True)
-                axis.fill_between(x, low, high, color=style["color"], alpha=0.11, linewidth=0)
+            _draw_line(axis, line, bars=bool(shares))
         heights = [
             v for line in series for x, mean in line.points if x > settled for v in _ends(mean)
         ]
@@ -132,6 +125,142 @@ def line_chart(
         axis.set_xlabel(x_label, color=palette("quiet"))
         axis.tick_params(labelcolor=palette("quiet"))
         return to_svg(figure, f"{title} over {x_label}, a line per variant")
+
+
+def curve_chart(series: Sequence[Series], x_label: str, title: str) -> str:
+    """Lines over a number, with their intervals as bands and a line at zero where that is in sight.
+
+    Args:
+        series: a line each, with at least one point in all.
+        x_label: below the horizontal axis.
+        title: for those who cannot see it.
+    """
+    with drawing():
+        figure, axis = _axis(3.28)
+        axis.grid(axis="y", color=palette("rule"), linewidth=0.75)
+        for line in series:
+            _draw_line(axis, line)
+        heights = [end for line in series for _, value in line.points for end in _ends(value)]
+        low, high = _limits(heights, 0.06)
+        if low <= 0 <= high:
+            axis.axhline(0, color=palette("quiet"), linewidth=1.1)
+        axis.set_ylim(low, high)
+        axis.xaxis.set_major_locator(MaxNLocator(6))
+        axis.yaxis.set_major_locator(MaxNLocator(5))
+        axis.set_xlabel(x_label, color=palette("quiet"))
+        axis.tick_params(labelcolor=palette("quiet"))
+        return to_svg(figure, title)
+
+
+def heat_map(
+    values: Sequence[Sequence[float | None]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    row_title: str,
+    column_title: str,
+    title: str,
+    signed: bool = False,
+) -> str:
+    """A table of numbers as coloured cells, each with its number where there is room.
+
+    Args:
+        values: row by row, the first on top; None leaves a cell empty.
+        rows, columns: their names.
+        row_title, column_title: what the names are.
+        title: for those who cannot see it.
+        signed: colours tell the sign, and how far a number is from zero; else how large it is.
+    """
+    known = [value for row in values for value in row if value is not None]
+    low, high = (0.0, max(map(abs, known), default=0)) if signed else (min(known), max(known))
+    places = _places(max(map(abs, known), default=0))
+    left, width = 0.62, WIDTH - 0.62
+    side = min(width / len(columns), max(0.5, 0.1 + 0.085 * max(map(len, columns))))
+    height = min(side, 0.4) * len(rows) + 0.75
+    with drawing():
+        figure = Figure(figsize=(WIDTH, height))
+        extent = (left / WIDTH, 0.1 / height, side * len(columns) / WIDTH, (height - 0.75) / height)
+        axis = figure.add_axes(extent)
+        for i, row in enumerate(values):
+            for j, value in enumerate(row):
+                if value is None:
+                    continue
+                strength = (abs(value) if signed else value - low) / ((high - low) or 1.0)
+                colour = palette("hurts" if signed and value > 0 else "helps")
+                cell = Rectangle((j, i), 1, 1, facecolor=colour, alpha=0.04 + 0.56 * strength)
+                cell.set_linewidth(0)
+                axis.add_patch(cell)
+                rounded = round(value, places) + 0.0  # no −0
+                text = f"{rounded:.{places}f}".replace("-", "−")
+                text = text.replace("0.", ".", 1) if abs(rounded) < 1 else text
+                if len(text) * 0.085 <= side:
+                    axis.text(j + 0.5, i + 0.5, text, ha="center", va="center")
+        axis.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+        axis.set_xticks([k + 0.5 for k in range(len(columns))], _thinned(columns, side))
+        axis.set_yticks([k + 0.5 for k in range(len(rows))], rows)
+        axis.xaxis.tick_top()
+        axis.tick_params(length=0, labelcolor=palette("quiet"), pad=2)
+        corner: dict[str, Any] = {
+            "transform": figure.transFigure,
+            "color": palette("quiet"),
+            "va": "top",
+        }
+        figure.text(0.0, 1 - 0.02 / height, f"{row_title} ↓  {column_title} →", **corner)
+        return to_svg(figure, title)
+
+
+def _places(largest: float) -> int:
+    """Decimals that leave two or three digits."""
+    return 0 if largest >= 100 else 1 if largest >= 10 else 2 if largest >= 0.1 else 3
+
+
+def _thinned(names: Sequence[str], side: float) -> list[str]:
+    """Every name, or every second or third where they would touch."""
+    step = max(1, -(-max(map(len, names)) * 85 // int(1000 * side)))
+    return [name if k % step == 0 else "" for k, name in enumerate(names)]
+
+
+def picture_grid(
+    pictures: Sequence[Sequence[Any]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    row_title: str,
+    column_title: str,
+    title: str,
+) -> str:
+    """Pictures in rows and columns with names, enlarged by the viewer, pixel by pixel.
+
+    Args:
+        pictures: bytes (height, width[, 3 or 4]) of each cell, row by row.
+        rows, columns, row_title, column_title, title: as for `heat_map`.
+    """
+    left = 0.62
+    side = min((WIDTH - left) / len(columns), 1.1)
+    height = side * len(rows) + 0.6
+    with drawing():
+        figure = Figure(figsize=(WIDTH, height))
+        gap = 0.04
+        for i, row in enumerate(pictures):
+            for j, picture in enumerate(row):
+                place = (
+                    (left + j * side) / WIDTH,
+                    (side * (len(rows) - 1 - i) + 0.05) / height,
+                    (side - gap) / WIDTH,
+                    (side - gap) / height,
+                )
+                axis = figure.add_axes(place)
+                axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="none")
+                axis.set_axis_off()
+        style: dict[str, Any] = {"transform": figure.transFigure, "color": palette("quiet")}
+        for i, name in enumerate(rows):
+            y = (side * (len(rows) - i - 0.5) + 0.05) / height
+            figure.text(0.0, y, name, va="center", **style)
+        for j, name in enumerate(_thinned(columns, side)):
+            x = (left + (j + 0.5) * side - gap / 2) / WIDTH
+            figure.text(x, 1 - 0.3 / height, name, ha="center", va="center", **style)
+        figure.text(0.0, 1, f"{row_title} ↓  {column_title} →", va="top", **style)
+        return to_svg(figure, title)
 
 
 def forest_plot(bars: Sequence[Bar], better: str, title: str) -> str:
@@ -203,6 +332,20 @@ def timestep_chart(bars: Sequence[Bar], title: str) -> str:
         axis.set_xlabel("t (1 is noise)", color=palette("quiet"))
         axis.tick_params(labelcolor=palette("quiet"))
         return to_svg(figure, title)
+
+
+def _draw_line(axis: Axes, line: Series, bars: bool = False) -> None:
+    """Points joined by a line, their intervals as a band or as bars."""
+    dashes = tuple(map(float, line.dashes.split()))
+    style: dict[str, Any] = {"color": palette(line.colour), "linewidth": 1.8}
+    style["linestyle"] = (0, dashes) if dashes else "solid"
+    x, y = [x for x, _ in line.points], [value.mean for _, value in line.points]
+    axis.plot(x, y, marker="o", markersize=4, **style)
+    low, high = zip(*(_ends(value) for _, value in line.points), strict=True)
+    if bars:
+        axis.vlines(x, low, high, **style)
+    elif len(x) > 1:
+        axis.fill_between(x, low, high, color=style["color"], alpha=0.11, linewidth=0)
 
 
 def _draw_bar(

@@ -1,7 +1,6 @@
 """A trained run, loaded for sampling and evaluating."""
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from torch import Tensor
 import selfalign
 from selfalign.config import ResolvedConfig, override, resolve
 from selfalign.data.datasets import open_data
+from selfalign.data.source import DataSource
 from selfalign.errors import UserError
 from selfalign.network import Backbone
 from selfalign.runs.folder import CHECKPOINTS, read_record
@@ -40,7 +40,7 @@ class LoadedRun:
         Raises:
             UserError: that data set is not there, or is another than that of the training.
         """
-        return self._decoder(images) if self.config.data.source.decodes else images
+        return self.source.decode(images) if self.config.data.source.decodes else images
 
     @functools.cached_property
     def image_shape(self) -> tuple[int, int, int]:
@@ -52,14 +52,19 @@ class LoadedRun:
         return channels, height, width
 
     @functools.cached_property
-    def _decoder(self) -> Callable[[Tensor], Tensor]:
+    def source(self) -> DataSource:
+        """The data set that it was trained on.
+
+        Raises:
+            UserError: it is not there, or is another one.
+        """
         source = open_data(self.config.data)
         if self.fingerprint not in (None, source.fingerprint):
             raise UserError(
                 f"data.root is {self.config.data.root!r}: this is not the data that {self.folder} was "
                 f"trained on (fingerprint {source.fingerprint} instead of {self.fingerprint})"
             )
-        return source.decode
+        return source
 
 
 def load_run(

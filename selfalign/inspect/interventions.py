@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from selfalign.config import ResolvedConfig
 from selfalign.data.source import Split
 from selfalign.evaluation.config import Progress
 from selfalign.evaluation.estimate import Estimate
@@ -32,6 +31,13 @@ from selfalign.randomness import make_generator
 from selfalign.sampling.generate import Labels, balanced_labels, generate, to_uint8
 from selfalign.sampling.settings import SamplingConfig
 from selfalign.tokens import TokenGroups
+from selfalign.training.heldout import (
+    WHOLE,
+    HeldOutErrors,
+    Seen,
+    heldout_errors,
+    summarise,
+)
 
 if TYPE_CHECKING:
     from selfalign.inspect.subject import Subject
@@ -40,8 +46,8 @@ LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 IMAGES = 128
 SHARES = (0.125, 0.25, 0.375, 0.5)
 """Of the tokens, in the smaller of two separated groups."""
-MISMATCH_IMAGES = 200
-MISMATCH_LEVELS = tuple((k + 0.5) / 10 for k in range(10))
+PAIRS = 1_000
+"""Of a held-out image and a timestep."""
 SAMPLES = 300
 STEPS = 20
 GAPS = (0.2, 0.4)
@@ -132,36 +138,29 @@ def intervene(
     )
 
 
-def whole_image_losses(
+def losses_by_share(
     model: Backbone,
-    config: ResolvedConfig,
     split: Split,
+    path: str,
     shares: Sequence[float] = SHARES,
-    images: int = MISMATCH_IMAGES,
+    pairs: int = PAIRS,
     tick: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[float, Float[Tensor, "M"]]:
-    """Held-out loss at one timestep with full attention (0), and with separated groups of several shares.
+) -> dict[float, HeldOutErrors]:
+    """Held-out errors with full attention (a share of 0), and with two separated random groups.
 
     Args:
         model: in eval mode; any backbone.
-        config: a resolved tree.
         split: the held-out images.
+        path: name of the path of Eq. 1.
         shares: of the tokens in the smaller group.
-        images: how many.
-        tick: told how many of all passes are done.
-
-    Returns:
-        By share, the loss of every image, its mean over ten timesteps; the same images and noise in all.
+        pairs: of an image and a timestep, the same for all shares.
+        tick: told how many of all shares are done.
     """
-    found, total = {}, (1 + len(shares)) * len(MISMATCH_LEVELS)
-    for number, share in enumerate((0.0, *shares)):
-        given = (share, 1 - share) if share else ()
-        scene = make_scene(config, split, images, "mismatch", given).separated(share > 0)
-        losses = []
-        for done, t in enumerate(MISMATCH_LEVELS, number * len(MISMATCH_LEVELS) + 1):
-            losses.append(token_errors(model, scene, (t, t)).mean(dim=1))
-            tick(done, total)
-        found[share] = torch.stack(losses).mean(dim=0)
+    found: dict[float, HeldOutErrors] = {}
+    for share in (0.0, *shares):
+        seen = Seen((share, 1 - share), separate=True) if share else WHOLE
+        found[share] = heldout_errors(model, split, path, pairs, seen=seen)
+        tick(len(found), 1 + len(shares))
     return found
 
 
@@ -216,14 +215,20 @@ def look(subject: "Subject", progress: Progress) -> Section:
     found = intervene(
         model, scene, LEVELS, tick=lambda done, of: progress("interventions", done, of)
     )
-    losses = whole_image_losses(
+    found_by_share = losses_by_share(
         model,
-        config,
         split,
+        config.flow.path,
         SHARES,
-        MISMATCH_IMAGES,
+        PAIRS,
         lambda done, of: progress("loss by attention", done, of),
     )
+    losses = {share: _overall(found) for share, found in found_by_share.items()}
+    full = found_by_share[0.0]
+    mismatch = {
+        share: _overall(replace(found, errors=found.errors - full.errors))
+        for share, found in found_by_share.items()
+    }
     notes, distances = [], {}
     if subject.encoder is None:
         notes.append("Fréchet distances: there is no classifier, and --features names no network")
@@ -234,7 +239,6 @@ def look(subject: "Subject", progress: Progress) -> Section:
         name: (mean_of(change[off].mean(dim=0)), mean_of(change[~off].mean(dim=0)))
         for name, change in found.changes.items()
     }
-    mismatch = {share: mean_of(loss - losses[0.0]) for share, loss in losses.items()}
     gaps = [
         Series("full attention", 1, found.full.by_gap()),
         Series("separated", 2, found.separated.by_gap()),
@@ -256,10 +260,7 @@ def look(subject: "Subject", progress: Progress) -> Section:
         Table(
             "Held-out loss by attention",
             ("attention", "loss", "minus full"),
-            [
-                (_attention(share), (mean_of(loss), mismatch[share]))
-                for share, loss in losses.items()
-            ],
+            [(_attention(share), (loss, mismatch[share])) for share, loss in losses.items()],
         ),
     ]
     if distances:
@@ -285,7 +286,7 @@ def look(subject: "Subject", progress: Progress) -> Section:
                 name: {"two_timesteps": two, "one_timestep": one}
                 for name, (two, one) in means.items()
             },
-            "loss_by_share": {share: mean_of(loss) for share, loss in losses.items()},
+            "loss_by_share": losses,
             "loss_minus_full": mismatch,
             "by_gap": {line.name: line.points for line in gaps},
             "frechet_distance": distances,
@@ -330,6 +331,12 @@ def _mismatch_charts(
             gaps,
         ),
     ]
+
+
+def _overall(errors: HeldOutErrors) -> Estimate:
+    """Mean over pairs, its standard error for the choice of images."""
+    found = summarise(errors)
+    return Estimate(found.overall, found.standard_error)
 
 
 def _attention(share: float) -> str:

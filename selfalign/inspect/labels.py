@@ -1,7 +1,7 @@
 """Label reliance: how much of the denoising is owed to the label."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,9 +48,14 @@ class Relabelled:
 
 
 def label_reliance(
-    model: Backbone, split: Split, path: str, pairs: int = PAIRS, shuffled: bool = False
-) -> HeldOutLoss:
-    """G(t) = L(t, no label) - L(t, label), pair by pair, on the pairs of `heldout_errors`.
+    model: Backbone,
+    split: Split,
+    path: str,
+    pairs: int = PAIRS,
+    shuffled: bool = False,
+    told: HeldOutErrors | None = None,
+) -> HeldOutErrors:
+    """L(no label) - L(label) on every pair of `heldout_errors`: `summarise` makes G(t) of it.
 
     Args:
         model: in eval mode; any backbone with classes and a null label that it was trained with.
@@ -59,17 +64,16 @@ def label_reliance(
         pairs: of an image and a timestep.
         shuffled: whether images have each other's labels, permuted once: the control. A model that
             uses labels then does worse with them than without: G is below zero.
-
-    Returns:
-        Means of the difference, over t and within bins of t, with standard errors for the choice of images.
+        told: errors on these pairs with labels, where they are known already.
     """
-    chosen = split
-    if shuffled:
-        order = torch.randperm(len(split), generator=make_generator(SEED, "label permutation"))
-        chosen = Relabelled(split, split.labels[order])
-    told = heldout_errors(model, chosen, path, pairs)
+    if told is None:
+        chosen = split
+        if shuffled:
+            order = torch.randperm(len(split), generator=make_generator(SEED, "label permutation"))
+            chosen = Relabelled(split, split.labels[order])
+        told = heldout_errors(model, chosen, path, pairs)
     untold = heldout_errors(model, split, path, pairs, with_labels=False)
-    return summarise(HeldOutErrors(untold.errors - told.errors, told.images, told.bins))
+    return replace(untold, errors=untold.errors - told.errors)
 
 
 ABOUT = About(
@@ -94,7 +98,7 @@ def look(subject: "Subject", progress: Progress) -> Section:
         runs.append(("another seed", subject.twin, False))
     found = {}
     for done, (name, model, shuffled) in enumerate(runs, 1):
-        found[name] = label_reliance(model, split, path, PAIRS, shuffled)
+        found[name] = summarise(label_reliance(model, split, path, PAIRS, shuffled))
         progress("label reliance", done, len(runs))
     centres = [(k + 0.5) / BINS for k in range(BINS)]
     lines = [

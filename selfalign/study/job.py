@@ -29,6 +29,7 @@ from selfalign.evaluation.config import EvaluationConfig, MetricName
 from selfalign.evaluation.evaluate import evaluate
 from selfalign.evaluation.report import Evaluation
 from selfalign.evaluation.setup import default_features
+from selfalign.inspect.labels import label_reliance
 from selfalign.inspect.probes import linear_probe
 from selfalign.processes import open_accelerator
 from selfalign.runs.load import LoadedRun, load_run
@@ -257,9 +258,8 @@ def _heldout(
         for name, (model, seen) in ways.items()
     }
     if source.num_classes and config.views.class_dropout > 0:
-        without = heldout_errors(run.model, source.heldout, path, pairs, with_labels=False)
-        difference = without.errors - found[HELDOUT_LOSS].errors
-        found[RELIANCE] = dataclasses.replace(without, errors=difference)
+        told = found[HELDOUT_LOSS]
+        found[RELIANCE] = label_reliance(run.model, source.heldout, path, pairs, told=told)
     return found
 
 

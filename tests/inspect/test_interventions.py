@@ -7,14 +7,15 @@ from support import resolved, small_model
 
 from selfalign.inspect.interventions import (
     intervene,
+    losses_by_share,
     partners,
     sample_apart,
-    whole_image_losses,
 )
 from selfalign.inspect.scenes import make_scene
 from selfalign.sampling.generate import generate
 from selfalign.sampling.settings import SamplingConfig
 from selfalign.tokens import TokenGroups
+from selfalign.training.heldout import summarise
 
 SIDE = 4
 LEVELS = (0.2, 0.6, 0.9)
@@ -72,8 +73,9 @@ def test_partners_are_of_the_class():
 def test_separation_costs_what_it_hides():
     config, source, _ = _scene("sra", images=200)
     model = Analytic(config.grid, 0, gaussian_posterior(correlated(SIDE, 2.0)))
-    losses = whole_image_losses(model, config, source.heldout, shares=(0.25, 0.5))
-    assert losses[0.0].mean() < losses[0.25].mean() < losses[0.5].mean()
+    found = losses_by_share(model, source.heldout, "linear", shares=(0.25, 0.5), pairs=1000)
+    losses = {share: summarise(errors).overall for share, errors in found.items()}
+    assert losses[0.0] < losses[0.25] < losses[0.5]
 
 
 class TestSamplesApart:

@@ -87,7 +87,7 @@ def inspect_command(arguments: Sequence[str]) -> int:
 
 def _inspect(parsed: InspectArguments) -> int:
     """Imports what takes time once the options have been read."""
-    from selfalign.evaluation.places import require_writable
+    from selfalign.disk import require_writable
     from selfalign.inspect.page import FOLDER, inspect
     from selfalign.inspect.subject import Release, open_subject
     from selfalign.processes import open_accelerator

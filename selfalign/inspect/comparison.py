@@ -12,11 +12,10 @@ import torch
 
 import selfalign
 from selfalign.config import config_to_dict
-from selfalign.disk import write_whole
+from selfalign.disk import require_writable, write_whole
 from selfalign.errors import UserError
 from selfalign.evaluation.config import Progress
 from selfalign.evaluation.estimate import Estimate
-from selfalign.evaluation.places import require_writable
 from selfalign.inspect.alignment import logged
 from selfalign.inspect.page import plain
 from selfalign.inspect.section import Table

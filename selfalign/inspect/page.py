@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 import selfalign
-from selfalign.disk import write_whole
+from selfalign.disk import require_writable, write_whole
 from selfalign.evaluation.config import Progress
-from selfalign.evaluation.places import require_writable
 from selfalign.inspect.analyses import ANALYSES, look
 from selfalign.inspect.section import Section
 from selfalign.inspect.subject import Subject

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from selfalign.parts import Part, PartSettings, load_plugin, require_named_plugins
 from selfalign.sections import (
@@ -29,6 +29,9 @@ from selfalign.settings import Settings, require
 from selfalign.targets import Target
 from selfalign.terms import Term
 from selfalign.tokens import TokenGrid, group_sizes
+
+if TYPE_CHECKING:
+    from selfalign.data.source import DataSource
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,9 @@ class RunConfig(Settings):
     conditions: PartSettings = field(default_factory=partial(PartSettings, "condition"))
     backbones: PartSettings = field(default_factory=partial(PartSettings, "backbone"))
     targets: PartSettings = field(default_factory=partial(PartSettings, "target"))
+    projectors: PartSettings = field(default_factory=partial(PartSettings, "projector"))
     terms: PartSettings = field(default_factory=partial(PartSettings, "term"))
+    encoders: PartSettings = field(default_factory=partial(PartSettings, "encoder"))
     optimizers: PartSettings = field(default_factory=partial(PartSettings, "optimizer"))
 
     def check(self) -> None:
@@ -67,8 +72,9 @@ class RunConfig(Settings):
         yield self.schedule
         yield self.optimizers[self.training.optimizer]
         yield self.data.source
-        yield from self.used_terms().values()
-        yield from self.used_targets().values()
+        for part in (*self.used_terms().values(), *self.used_targets().values()):
+            yield part
+            yield from part.uses(self)
 
     @cached_property
     def backbone(self) -> Any:
@@ -211,6 +217,22 @@ def resolve(
         "larger share, or a larger training.batch_size",
     )
     return resolved
+
+
+def complete(config: ResolvedConfig, source: DataSource) -> ResolvedConfig:
+    """A resolved tree with what its targets find out about the data and about networks of their own.
+
+    Args:
+        config: the tree.
+        source: the opened data.
+
+    Raises:
+        UserError: something that a target needs is not there, or does not fit.
+    """
+    settings = config.targets
+    for name, target in config.used_targets().items():
+        settings = settings.override(name, _fields(target.completed(config, source)))
+    return dataclasses.replace(config, targets=settings)
 
 
 def _fields(section: Any) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from selfalign.tokens import TokenGrid, TokenGroups, one_group
 
 Tap = int | str
 """Where features are taken: after a block, counted from 1, or after a module, by its name."""
+EARLY_VELOCITY = "final_layer_xr"
+"""The released name of a second velocity head (internal guidance)."""
 
 
 class Hidden(NamedTuple):
@@ -119,8 +121,24 @@ class Backbone(nn.Module):
 
     def add_head(self, name: str, head: nn.Module, tap: Tap) -> None:
         """Hang a head onto a tap; `forward` runs it where it is asked to."""
-        self.add_module(name, head)
+        parent, _, _ = name.rpartition(".")
+        if parent:  # of several that are numbered, as in `projectors.0`
+            if parent not in self._modules:
+                self.add_module(parent, nn.ModuleList())
+            siblings = self.get_submodule(parent)
+            assert isinstance(siblings, nn.ModuleList)
+            siblings.append(head)
+        else:
+            self.add_module(name, head)
         self.head_taps[name] = tap
+
+    def velocity_head(self) -> nn.Module:
+        """Another layer from features to velocities, called as a head is.
+
+        Raises:
+            UserError: this backbone has none to offer.
+        """
+        raise UserError(f"{type(self).__name__} offers no second velocity head")
 
     def forward(
         self,
@@ -189,13 +207,27 @@ class Backbone(nn.Module):
         timesteps: Float[Tensor, "B"],
         condition: Any,
         groups: TokenGroups | None = None,
+        internal_guidance: float = 1.0,
     ) -> Float[Tensor, "B C *sides"]:
-        """dx/dt of whole samples, one timestep each. `groups` may separate attention (sampling)."""
+        """dx/dt of whole samples, one timestep each.
+
+        Args:
+            xt: noised samples.
+            timesteps: one per sample.
+            condition: of every sample.
+            groups: may separate attention; None for whole samples.
+            internal_guidance: scale w of v_early + w·(v - v_early), where v_early is what the second
+                velocity head predicts from an early block (arXiv:2512.24176); 1 is off.
+        """
         groups = groups or one_group(self.num_tokens)
         tokens = groups.sort(self.grid.patchify(xt))
         per_group = timesteps[:, None].expand(-1, len(groups.sizes))
-        output = self(tokens, per_group, condition, groups)
-        return self.grid.unpatchify(groups.restore(output.velocity))[:, : self.channels]
+        heads = () if internal_guidance == 1 else (EARLY_VELOCITY,)
+        output = self(tokens, per_group, condition, groups, heads=heads)
+        velocity = output.velocity
+        for name in heads:
+            velocity = torch.lerp(output.projected[name], velocity, internal_guidance)
+        return self.grid.unpatchify(groups.restore(velocity))[:, : self.channels]
 
     @property
     def num_tokens(self) -> int:

@@ -1,7 +1,7 @@
 """L = Σ weight(step)·term, of which L_gen + lambda·L_align is one case (Eq. 4)."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selfalign.config import ResolvedConfig
 from selfalign.network import Backbone, Output
-from selfalign.targets import Target
+from selfalign.targets import BuiltTarget
 from selfalign.terms import Term
 from selfalign.views import Draw, Views, make_views
 
@@ -33,6 +33,8 @@ class Pass:
     """The EMA model."""
     targets: Mapping[str, Float[Tensor, "B N Z"]] = field(default_factory=dict)
     """The targets' features by name, in group order."""
+    stored: Mapping[str, Float[Tensor, "B h w Z"]] = field(default_factory=dict)
+    """Features of the clean samples that came with the batch, by encoder, over the encoder's own grid."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,11 @@ class Objective:
     def __init__(self, config: ResolvedConfig, compile: bool = False) -> None:
         self.config = config
         self.terms = config.used_terms()
-        self.targets = {name: part.build(config) for name, part in config.used_targets().items()}
+        self.targets: dict[str, BuiltTarget] = {
+            name: part.build(config) for name, part in config.used_targets().items()
+        }
+        # Asked for once: the compiler cannot follow settings that are made on the way.
+        self._heads = {name: term.head_names(config) for name, term in self.terms.items()}
         self._weighted = torch.compile(self._sum, dynamic=False) if compile else self._sum
 
     def __call__(
@@ -73,6 +79,7 @@ class Objective:
         condition: Any,
         draw: Draw,
         step: int = 0,
+        stored: Mapping[str, Tensor] | None = None,
     ) -> Losses:
         """Losses of one batch.
 
@@ -83,9 +90,10 @@ class Objective:
             condition: one per sample: class labels, for one.
             draw: the step's randomness, from `draw_views`.
             step: optimizer step, counted from 0, which weights may depend on.
+            stored: features that came with the batch, as `Pass.stored`.
         """
         weights = self.weights(step, x0)
-        return self._weighted(student, teacher, x0, condition, draw, weights)
+        return self._weighted(student, teacher, x0, condition, draw, weights, stored or {})
 
     def weights(self, step: int, like: Tensor) -> dict[str, float | Tensor]:
         """The weight of each term that is computed at a step.
@@ -109,9 +117,11 @@ class Objective:
         condition: Any,
         draw: Draw,
         weights: dict[str, float | Tensor],
+        stored: Mapping[str, Tensor],
     ) -> Losses:
         """Σ weight·term."""
-        return self.losses(self.predict(student, teacher, x0, condition, draw, weights), weights)
+        forward = self.predict(student, teacher, x0, condition, draw, weights, stored)
+        return self.losses(forward, weights)
 
     def predict(
         self,
@@ -121,6 +131,7 @@ class Objective:
         condition: Any,
         draw: Draw,
         active: Mapping[str, Any] | None = None,
+        stored: Mapping[str, Tensor] | None = None,
     ) -> Pass:
         """Run the student on its view of the batch, and what the targets need.
 
@@ -133,13 +144,16 @@ class Objective:
             name: term for name, term in self.terms.items() if active is None or name in active
         }
         targets = dict.fromkeys(name for term in terms.values() for name in term.target_names())
-        sources: list[Term | Target] = [*terms.values(), *(self.targets[name] for name in targets)]
-        heads = [name for term in terms.values() for name in term.head_names]
+        sources: list[Term | BuiltTarget] = [
+            *terms.values(),
+            *(self.targets[name] for name in targets),
+        ]
+        heads = [name for term in terms.values() for name in self._heads[term.name]]
         idle = [
             name
             for term in self.terms.values()
             if term.name not in terms
-            for name in term.head_names
+            for name in self._heads[term.name]
         ]
         output = student(
             views.student.tokens,
@@ -150,9 +164,11 @@ class Objective:
             tuple(heads),
             tuple(idle),
         )
-        forward = Pass(config, x0, condition, seen, draw, views, output, teacher)
+        forward = Pass(
+            config, x0, condition, seen, draw, views, output, teacher, stored=stored or {}
+        )
         features = {name: self.targets[name].features(forward) for name in targets}
-        return Pass(config, x0, condition, seen, draw, views, output, teacher, features)
+        return replace(forward, targets=features)
 
     def losses(self, forward: Pass, weights: Mapping[str, float | Tensor] | None = None) -> Losses:
         """Compare the predictions with their targets (Eq. 2 to 4).

@@ -17,7 +17,7 @@ import os
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -33,6 +33,8 @@ HOMES: Mapping[str, str] = MappingProxyType(
         "condition": "selfalign.conditions",
         "backbone": "selfalign.backbones",
         "target": "selfalign.targets",
+        "projector": "selfalign.projectors",
+        "encoder": "selfalign.encoders",
         "term": "selfalign.terms",
         "optimizer": "selfalign.training.optimizers",
         "source": "selfalign.data.sources",
@@ -82,6 +84,10 @@ class Part(Choosing):
         Args:
             config: the `RunConfig`, perhaps without the data's shapes.
         """
+
+    def uses(self, config: Any) -> Iterable["Part"]:
+        """Further parts that this one, being a term or a target, chooses in a tree. None by default."""
+        return ()
 
 
 def register(name: str, *, aliases: tuple[str, ...] = ()) -> Callable[[type[P]], type[P]]:
@@ -192,6 +198,11 @@ def load_plugin(path: str) -> Path:
     _plugins[file] = name
     _remember(file)
     return file
+
+
+def loaded_plugins() -> tuple[Path, ...]:
+    """The users' files that have run in this process."""
+    return tuple(_plugins)
 
 
 def require_named_plugins(files: object) -> None:

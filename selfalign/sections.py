@@ -221,8 +221,9 @@ class TrainingConfig(Choosing):
     """Decoupled weight decay."""
     clip_norm: float = 1.0
     """Largest norm of the gradient; 0 does not clip."""
-    ema_decay: float = 0.9999
-    """Decay of the exponential moving average that is teacher and sampler."""
+    ema_decay: float | tuple[float, ...] = 0.9999
+    """Decay of the exponential moving average that is teacher and sampler; further decays keep further
+    averages, from which can be sampled (--weights ema:DECAY)."""
     ema_warmup: bool = True
     """Use min(decay, (1+step)/(10+step)), without which short runs keep their initial weights."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -265,7 +266,13 @@ class TrainingConfig(Choosing):
         self.require_number("batch_size", 1, MAX_BATCH, f"a number from 1 to {MAX_BATCH}")
         for name in ("learning_rate", "weight_decay", "clip_norm"):
             self.require_number(name, 0, math.inf, "a number from 0")
-        self.require_number("ema_decay", 0, 1, "a number from 0 to 1")
+        decays = self.ema_decays
+        self.require(
+            len(decays) > 0 and all(0 <= decay <= 1 for decay in decays),
+            "ema_decay",
+            "allowed is a number from 0 to 1, or several",
+        )
+        self.require(len(set(decays)) == len(decays), "ema_decay", "one stands there twice")
         self.require(
             re.fullmatch(r"stop|skip:[1-9]\d{0,8}", self.on_nonfinite) is not None,
             "on_nonfinite",
@@ -286,6 +293,12 @@ class TrainingConfig(Choosing):
             "warmup_steps",
             f"allowed is at most training.steps, which is {self.steps}",
         )
+
+    @property
+    def ema_decays(self) -> tuple[float, ...]:
+        """Of all averages; the first one's is teacher and sampler."""
+        decays = self.ema_decay if isinstance(self.ema_decay, tuple) else (self.ema_decay,)
+        return tuple(map(float, decays))
 
     @property
     def nonfinite_allowed(self) -> int:

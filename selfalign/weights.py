@@ -1,6 +1,7 @@
 """Named tensors from files: read without running code, and checked before they reach a model."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -91,6 +92,15 @@ def not_finite(tensors: Weights) -> list[str]:
             if not bool(bounds.isfinite().all()):
                 found.append(name)
     return found
+
+
+def weights_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash of named weights: of their names, shapes and values, whatever file holds them."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def listed(phrases: Sequence[str], most: int = 3) -> str:

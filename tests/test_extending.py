@@ -24,6 +24,8 @@ TRAINING = {
     "partition": "--views.partition diagonal --partitions.diagonal.width 2",
     "schedule": "--views.timesteps nearby --schedules.nearby.distance 0.3",
     "target": "--terms.alignment.target random-projection",
+    "projector": "--terms.alignment.projector linear",
+    "encoder": "--terms.alignment.target frozen-encoder --targets.frozen-encoder.encoders edges:7@16",
     "term": "--objective.terms small-velocity --terms.small-velocity.decay linear",
     "backbone": "--model.backbone mlp --backbones.mlp.width 48 --targets.ema.block 1",
     "optimizer": "--training.optimizer sgd --optimizers.sgd.momentum 0.95",

@@ -1,11 +1,19 @@
 """The recipes are the factorial space of METHOD, and nothing else differs between two points."""
 
 import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support import RECIPE_NAMES
 
 from selfalign import RECIPES, RunConfig, UserError, recipe, resolve
+from selfalign.benchmark.cost import step_cost
+from selfalign.recipes import COSTS, IMAGENET_EPOCH
+from selfalign.targets.encoder_attention import EncoderAttentionTarget
+
+DINOV2_B = 46_322_454_528
+"""Operations of a pass of timm's vit_base_patch14_dinov2 over 224×224 pixels, counted by torch."""
 
 # target, timesteps, attention, teacher timestep, teacher sees groups: the paper's table.
 TABLE = {
@@ -97,3 +105,82 @@ def test_full_size_recipes_are_the_papers_settings(
     assert config.flow.timestep_distribution == "uniform" and config.data.name == "latents"
     with pytest.raises(UserError, match="the data has"):
         resolve(recipe(name), channels=4, image_size=(16, 16), num_classes=1000)
+
+
+NEIGHBOURS = {
+    "repa": ("frozen-encoder", "mlp3", "cosine", "none", 0.5),
+    "irepa": ("frozen-encoder", "conv", "cosine", "zscore", 1.0),
+    "haste": ("frozen-encoder", "mlp3", "cosine", "none", 0.5),
+    "layersync": ("same-pass", "none", "cosine", "none", 0.2),
+    "sra2": ("latent", "mlp3", "smooth-l1", "none", 0.5),
+    "sra-published": ("ema", "sra", "smooth-l1", "none", 0.2),
+}
+"""Target, projector, distance, normalisation of the target, weight (METHOD, the neighbours)."""
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_neighbours_are_their_papers_settings_and_combine_with_both_switches(name: str) -> None:
+    for tree, both in ((recipe(name), False), (recipe(f"{name}-dts-as"), True)):
+        term = tree.terms["alignment"]
+        found = (term.target, term.projector, term.distance, term.spatial_norm, term.weight)
+        assert found == NEIGHBOURS[name]
+        assert tree.views.timesteps == ("independent" if both else "single")
+        assert tree.views.attention == ("separated" if both else "full")
+
+
+def test_layersync_and_repa_take_their_papers_blocks_at_full_size() -> None:
+    tree = recipe("layersync", {"model.size": "XL/2"})
+    assert (tree.terms["alignment"].tap(tree), tree.targets["same-pass"].tap(tree)) == (8, 16)
+    assert recipe("repa").projectors["mlp3"].width == 2048
+    assert recipe("irepa").projectors["conv"].kernel == 3
+
+
+def test_haste_ends_all_alignment_at_its_step() -> None:
+    terms = recipe("haste").used_terms()
+    for name in ("alignment", "attention-distillation"):
+        assert terms[name].weight == 0.5
+        assert not terms[name].stopped(249_999) and terms[name].stopped(250_000)
+
+
+@pytest.mark.parametrize("epoch", [0, 148, 149, 150, 151, 649, 1149])
+def test_sras_published_weight_falls_by_epochs(epoch: int) -> None:
+    term = recipe("sra-published").terms["alignment"]
+    expected = 0.2 * 10 ** -(max(0, epoch - 149) / 1000)
+    for step in (epoch * IMAGENET_EPOCH, (epoch + 1) * IMAGENET_EPOCH - 1):
+        assert term.weight_at(step) == pytest.approx(expected, rel=1e-12)
+    assert recipe("sra-published").targets["ema"].labels == "dropped"
+
+
+def test_every_recipe_says_what_it_needs_and_what_proves_it() -> None:
+    assert set(COSTS) == set(RECIPES)
+    recorded = Path(__file__).parent / "golden"
+    for entry in RECIPES.values():
+        assert entry.needs
+        assert not entry.proof or (recorded / f"{entry.proof}.safetensors").is_file()
+
+
+QUICKLY_COUNTED = ("repa", "layersync")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICKLY_COUNTED else pytest.param(n, marks=pytest.mark.slow) for n in RECIPES],
+)
+def test_stored_costs_are_those_that_are_counted(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = {"imagenet256-b2": "B/2"}.get(name, "XL/2")
+    side = 64 if name == "imagenet512-xl2" else 32
+    attention = SimpleNamespace(
+        taps=lambda config: (),
+        features=lambda forward: forward.x0.new_empty(len(forward.x0), 256, 4 * 2 * 12 * 64),
+    )
+    monkeypatch.setattr(EncoderAttentionTarget, "build", lambda self, config: attention)
+
+    def operations(name: str) -> float:
+        shape = {"model.size": size, "model.image_size": (side, side)}
+        heads = {"targets.encoder-attention.heads": 12} if name.startswith("haste") else {}
+        return step_cost(resolve(recipe(name, shape | heads), 4, (side, side), 1000), 1).flops
+
+    found = operations(name) + (DINOV2_B if name.startswith("haste") else 0)
+    assert found / operations("sit") == pytest.approx(COSTS[name], abs=6e-4)

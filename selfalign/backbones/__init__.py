@@ -6,6 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from selfalign.errors import UserError
 from selfalign.parts import Part
 from selfalign.settings import require
 
@@ -28,6 +29,25 @@ class BackboneConfig(Part):
     @abstractmethod
     def build(self, config: ResolvedConfig) -> Backbone:
         """The module, with weights that `initialize_weights` is called for afterwards."""
+
+    def attention_heads(self, model: ModelConfig) -> int:
+        """Attention heads of a block.
+
+        Raises:
+            UserError: this backbone does not show its attention.
+        """
+        raise UserError(f"model.backbone is {self.name!r}: it does not show its attention")
+
+    def attention_tap(self, block: int) -> Tap:
+        """Where a block's queries, keys and values are, (B, N, 3D), each of all heads side by side.
+
+        Args:
+            block: counted from 1.
+
+        Raises:
+            UserError: this backbone does not show its attention.
+        """
+        raise UserError(f"model.backbone is {self.name!r}: it does not show its attention")
 
 
 def find_tap(block: int | float | str, depth: int, setting: str) -> Tap:

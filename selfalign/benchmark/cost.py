@@ -71,7 +71,7 @@ class Cost:
     update_bytes: int
     """Bytes moved by clipping, optimizer and EMA."""
     state_bytes: int
-    """Weights, gradients, two moments and the average, in float32."""
+    """Weights, gradients, two moments and the averages, in float32."""
     activation_bytes: int
     """What the forward pass keeps for the backward pass, in float32."""
 
@@ -109,12 +109,17 @@ class MetaStep:
         )
         self._x0 = torch.empty(shape, device="meta")
         self._condition = torch.zeros(batch_size, dtype=torch.int64, device="meta")
+        self._stored = {
+            name: torch.empty(batch_size, *shape, device="meta")
+            for target in config.used_targets().values()
+            for name, shape in target.stored_shapes(config).items()
+        }
         self._objective = Objective(config)
 
     def forward(self, student: Callable[..., Any] | None = None) -> Losses:
         """The losses; `student` may be a wrapper of the student."""
         arguments = (self.teacher, self._x0, self._condition, self._draw)
-        return self._objective(student or self.student, *arguments)
+        return self._objective(student or self.student, *arguments, stored=self._stored)
 
 
 def _on_meta(draw: Draw, batch_size: int) -> Draw:
@@ -167,6 +172,7 @@ def step_cost(config: ResolvedConfig, batch_size: int) -> Cost:
     student_flops, student_attention = student[0]
     again = RECOMPUTED * student_attention
     parameters = sum(parameter.numel() for parameter in step.student.parameters())
+    further = len(config.training.ema_decays) - 1
     tokens, width = batch_size * config.model.num_tokens, step.student.hidden_size
     passes = BLOCK_PASSES_FORWARD * (len(student_blocks) + len(teacher_blocks))
     passes += BLOCK_PASSES_BACKWARD * blocks_forward
@@ -177,8 +183,9 @@ def step_cost(config: ResolvedConfig, batch_size: int) -> Cost:
         backward=everything[0] - forward[0] + again,
         attention=everything[1] + again,
         elementwise_bytes=FLOAT_BYTES * passes * tokens * width,
-        update_bytes=parameters * sum(UPDATE_BYTES_PER_PARAMETER.values()),
-        state_bytes=5 * FLOAT_BYTES * parameters,
+        update_bytes=parameters
+        * (sum(UPDATE_BYTES_PER_PARAMETER.values()) + further * UPDATE_BYTES_PER_PARAMETER["EMA"]),
+        state_bytes=(5 + further) * FLOAT_BYTES * parameters,
         activation_bytes=FLOAT_BYTES * _kept_features(config, step.student) * tokens * width,
     )
 

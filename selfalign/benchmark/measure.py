@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from selfalign.benchmark.limit import seconds_of, synchronize
 from selfalign.config import ResolvedConfig
+from selfalign.data.stream import Batch
 from selfalign.network import Backbone
 from selfalign.student import build_student
 from selfalign.training.accelerator import make_accelerator
@@ -61,13 +62,18 @@ class StepBenchmark:
         device = self.accelerator.device
         student = make_model(config).to(device).train()
         generator = torch.Generator().manual_seed(0)
-        self.ema = EMA(student, config.training.ema_decay)
+        self.ema = EMA(student, config.training.ema_decays[0])
         optimizer = make_optimizer(config, student)
         self.take_step = TrainingStep(config, self.accelerator, student, self.ema, optimizer)
         model, batch = config.model, config.training.batch_size
         x0 = torch.randn(batch, model.channels, *model.image_size, generator=generator)
         labels = torch.randint(max(1, model.num_classes), (batch,), generator=generator)
-        self.batch = (x0.to(device), labels.to(device))
+        features = {
+            name: torch.randn(batch, *shape, generator=generator)
+            for target in config.used_targets().values()
+            for name, shape in target.stored_shapes(config).items()
+        }
+        self.batch = Batch(x0, labels, features).to(device)
         self._step = 0
 
     def __call__(self) -> float:
@@ -100,7 +106,7 @@ class StepBenchmark:
             _replaced(teacher, "features", timed("teacher", teacher.features)),
         ):
             clock = [time.perf_counter()]
-            losses = take_step.forward(step, step, *self.batch)
+            losses = take_step.forward(step, step, self.batch)
             synchronize(device)
             clock.append(time.perf_counter())
             self.accelerator.backward(losses.total)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +13,7 @@ import tyro
 
 from selfalign.cli.console import console, make_bar, parse
 from selfalign.cli.tree import options_of, restore
+from selfalign.errors import UserError
 from selfalign.evaluation.config import EvaluationConfig
 from selfalign.evaluation.protocols import PROTOCOLS
 from selfalign.names import printable
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     ProtocolName = str
 else:
     ProtocolName = Literal[tuple(PROTOCOLS)]
+
+_WEIGHTS = re.compile(r"raw|ema(:[\d.]+)?")
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,31 @@ class EvaluateArguments:
 
 def evaluate_command(arguments: Sequence[str]) -> int:
     """`selfalign evaluate`."""
-    parsed = _parse(arguments)
-    protocol = [] if parsed.protocol is None else PROTOCOLS[parsed.protocol].options()
-    if protocol:  # in front, so that options that are given win
-        parsed = _parse([*protocol, *arguments])
-    return _evaluate(parsed, protocol)
+    code = 0
+    for words in _sweep(arguments):
+        parsed = _parse(words)
+        protocol = [] if parsed.protocol is None else PROTOCOLS[parsed.protocol].options()
+        if protocol:  # in front, so that options that are given win
+            parsed = _parse([*protocol, *words])
+        code = code or _evaluate(parsed, protocol)
+    return code
+
+
+def _sweep(arguments: Sequence[str]) -> list[list[str]]:
+    """The same command for each of several weights after `--weights`."""
+    words = list(arguments)
+    if "--weights" not in words:
+        return [words]
+    first = words.index("--weights") + 1
+    names = list(itertools.takewhile(_WEIGHTS.fullmatch, words[first:]))
+    rest = words[first + len(names) :]
+    if len(names) < 2:
+        return [words]
+    if "--out" in words:
+        raise UserError(
+            f"--weights are {', '.join(names)}, and --out takes one evaluation: leave --out out, or name one"
+        )
+    return [[*words[:first], name, *rest] for name in names]
 
 
 def _parse(arguments: Sequence[str]) -> EvaluateArguments:
@@ -91,6 +116,9 @@ def _print_evaluation(evaluation: Evaluation) -> None:
     from rich.table import Table
 
     settings = evaluation.settings
+    made = settings["samples"]["sampling"] or {}
+    if made.get("weights", "ema") != "ema":
+        console.print(f"weights {made['weights']}")
     table = Table("metric", "samples", "held-out images", "aim", box=None)
     for name, estimate in evaluation.metrics.items():
         baseline = evaluation.baseline.get(name)

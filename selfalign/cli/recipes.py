@@ -6,7 +6,7 @@ from rich.table import Table
 
 from selfalign.cli.console import console
 from selfalign.errors import UserError
-from selfalign.recipes import RECIPES
+from selfalign.recipes import COSTS, RECIPES
 
 
 def recipes_command(arguments: Sequence[str]) -> int:
@@ -18,6 +18,15 @@ def recipes_command(arguments: Sequence[str]) -> int:
         settings = ", ".join(f"{key} {value}" for key, value in entry.settings.items())
         table.add_row(name, entry.summary, settings or "–")
     console.print(table)
+    facts = Table("recipe", "needs", "cost", "its paper reports", "recorded case", box=None)
+    for name, entry in RECIPES.items():
+        cost = f"{COSTS[name]:.3f}"
+        facts.add_row(name, entry.needs, cost, entry.reported or "–", entry.proof or "–")
+    console.print(facts)
+    console.print(
+        "cost: operations of a step relative to those of sit (SiT-XL/2, 256 tokens, features stored); a "
+        "recorded case is a file of tests/golden that the objective reproduces"
+    )
     console.print(
         "train one: selfalign train RECIPE --out DIR; settings: selfalign train RECIPE --help"
     )

@@ -35,8 +35,8 @@ class SampleArguments:
     repeated in order over the samples."""
     batch_size: int = 100
     """Samples at once; has no effect on the samples."""
-    weights: Literal["ema", "raw"] = "ema"
-    """Which weights to sample from."""
+    weights: str = "ema"
+    """Which weights to sample from: ema, raw, or ema:DECAY of a run that keeps several averages."""
     step: int | None = None
     """Step of the checkpoint; left out: the last one."""
     data: MovedData = field(default_factory=MovedData)

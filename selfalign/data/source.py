@@ -45,6 +45,26 @@ class Split(Protocol):
         ...
 
 
+class Features(Protocol):
+    """Features of a training split's images, which an encoder has made of them once."""
+
+    @property
+    def encoder_sha256(self) -> str:
+        """Hash of the encoder (`encoder_sha256`)."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Rows, columns and features of the tokens of an image."""
+        ...
+
+    def read(
+        self, indices: Sequence[int], seeds: Sequence[int] | None = None
+    ) -> Float[Tensor, "B h w Z"]:
+        """Those of these images, mirrored where `Split.read` mirrors them. Arguments as there."""
+        ...
+
+
 def _identity(images: Tensor) -> Tensor:
     return images
 

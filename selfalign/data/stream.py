@@ -7,21 +7,39 @@ import signal
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from selfalign.data.source import Split
+from selfalign.data.source import Features, Split
 from selfalign.errors import UserError
 from selfalign.randomness import derive_seed, make_generator
 
-Batch = tuple[Float[Tensor, "B C H W"], Int[Tensor, "B"]]
+
+class Batch(NamedTuple):
+    """Training images with their labels, and what encoders made of them."""
+
+    images: Float[Tensor, "B C H W"]
+    labels: Int[Tensor, "B"]
+    features: Mapping[str, Float[Tensor, "B h w Z"]] = MappingProxyType({})
+    """By encoder, over its own token grid."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """On a device, without waiting for it."""
+        images, labels, features = self
+        return Batch(
+            images.to(device, non_blocking=True),
+            labels.to(device, non_blocking=True),
+            {name: held.to(device, non_blocking=True) for name, held in features.items()},
+        )
 
 
 @functools.lru_cache(maxsize=2)
@@ -37,7 +55,7 @@ class _Failure:
     message: str
 
 
-Read = tuple[Tensor, Tensor, list[str]] | _Failure
+Read = tuple[Tensor, Tensor, dict[str, Tensor], list[str]] | _Failure
 """A batch, and the warnings that reading it gave."""
 
 
@@ -50,6 +68,7 @@ class BatchOfMicroStep(Dataset[Read]):
         seed: the run's seed.
         batch_size: images per process and micro-step.
         rank, processes: which process this is, of how many.
+        features: of the training images, by encoder.
     """
 
     split: Split
@@ -57,6 +76,7 @@ class BatchOfMicroStep(Dataset[Read]):
     batch_size: int
     rank: int
     processes: int
+    features: Mapping[str, Features] = field(default_factory=dict)
 
     def indices(self, micro_step: int) -> list[int]:
         """Which images the batch of a micro-step has."""
@@ -76,11 +96,13 @@ class BatchOfMicroStep(Dataset[Read]):
             read = self._read(micro_step)
         if isinstance(read, _Failure):
             return read
-        images, labels, _ = read
+        images, labels, features, _ = read
         try:
             # Here and not where the loader's own thread would do it, and nobody hear of its failing.
             images.share_memory_()
             labels.share_memory_()
+            for held in features.values():
+                held.share_memory_()
         except (OSError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             return _Failure(
@@ -88,14 +110,17 @@ class BatchOfMicroStep(Dataset[Read]):
                 f"({reason}): make /dev/shm larger (docker run --shm-size 8g), or read without "
                 "processes of its own (--data.workers 0)"
             )
-        return images, labels, [str(warning.message) for warning in caught]
+        return images, labels, features, [str(warning.message) for warning in caught]
 
     def _read(self, micro_step: int) -> Read:
         first = self._first(micro_step)
         positions = range(first, first + self.batch_size)
         try:
             seeds = [derive_seed(self.seed, "augment", p) for p in positions]
-            return *self.split.read(self.indices(micro_step), seeds), []
+            indices = self.indices(micro_step)
+            images, labels = self.split.read(indices, seeds)
+            held = {name: each.read(indices, seeds) for name, each in self.features.items()}
+            return images, labels, held, []
         except UserError as error:
             return _Failure(str(error))
 
@@ -136,6 +161,7 @@ def training_batches(
     processes: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
+    features: Mapping[str, Features] | None = None,
 ) -> Iterator[Batch]:
     """This process's batches of micro-steps first to last-1.
 
@@ -150,12 +176,13 @@ def training_batches(
         rank, processes: which process this is, of how many.
         workers: how many read ahead: processes, or threads where the split says so.
         pin_memory: hand out page-locked memory, for faster copies to a GPU.
+        features: of the training images, by encoder.
 
     Raises:
         UserError: what reading the data raised, from whichever process; or a worker died.
     """
     micro_steps = range(first, last)
-    batch_of = BatchOfMicroStep(split, seed, batch_size, rank, processes)
+    batch_of = BatchOfMicroStep(split, seed, batch_size, rank, processes, features or {})
     in_threads = workers > 0 and split.reads_in_threads
     batches = DataLoader(
         _Ahead(batch_of, micro_steps, workers) if in_threads else batch_of,
@@ -170,10 +197,10 @@ def training_batches(
     for read in _without_dead_workers(batches) if workers and not in_threads else batches:
         if isinstance(read, _Failure):
             raise UserError(read.message)
-        images, labels, said = read
+        images, labels, held, said = read
         for message in said:
             warnings.warn(message, stacklevel=2)
-        yield images, labels
+        yield Batch(images, labels, held)
 
 
 def _leave_signals_to_main(worker: int) -> None:

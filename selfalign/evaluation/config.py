@@ -55,8 +55,9 @@ class EvaluationConfig:
     out: Path | None = None
     """Folder for evaluation.json and evaluation.png, and for the samples of a run that cannot be written
     into; left out: beside the samples."""
-    weights: Literal["ema", "raw"] = "ema"
-    """Which weights of a run are sampled from."""
+    weights: str = "ema"
+    """Which weights of a run are sampled from: ema, raw, or ema:DECAY of a run that keeps several averages;
+    several are evaluated one after the other."""
     step: int | None = None
     """Step of the checkpoint of a run; left out: the last one."""
     batch_size: int = 64

@@ -3,9 +3,9 @@ any module."""
 
 import hashlib
 import io
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from selfalign.disk import cache_folder
 from selfalign.errors import UserError
 from selfalign.evaluation.classifier import get_classifier
 from selfalign.evaluation.inputs import ImageSet, hash_file
+from selfalign.interop.timm_models import load_timm, own_preprocessing
 from selfalign.processes import together
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -93,7 +94,7 @@ def feature_network(name: str, source: DataSource | None, data_name: str) -> Fea
     if name == "inception":
         return _inception()
     if name == "dinov2":
-        return _timm(DINOV2, name, img_size=DINOV2_SIDE)
+        return _timm(DINOV2, name, DINOV2_SIDE)
     if name == "classifier":
         if source is None:
             raise UserError("--features classifier needs --data.name, the set it is trained on")
@@ -206,49 +207,12 @@ def _inception() -> FeatureNetwork:
     return FeatureNetwork("inception", network, {"weights_file_sha256": digits}, notes)
 
 
-def _timm(model_name: str, name: str, **options: Any) -> FeatureNetwork:
-    try:
-        import timm
-        from timm.data.config import resolve_model_data_config
-    except ImportError as error:
-        raise UserError(f"--features {name} needs timm: pip install 'selfalign[eval]'") from error
-    if not timm.is_model(model_name):
-        raise UserError(f"--features is {name!r}: timm has no model {model_name}")
-    weights = timm.models.get_pretrained_cfg(model_name)
-    if weights is None or not weights.hf_hub_id:
-        raise UserError(f"--features is {name!r}: timm has no weights for {model_name}")
-    file = _timm_weights(weights.hf_hub_id)
-    try:
-        # By file, so that no other format than safetensors is ever loaded.
-        options["pretrained_cfg_overlay"] = {"file": str(file)}
-        model = timm.create_model(model_name, pretrained=True, num_classes=0, **options)
-    except Exception as error:
-        raise UserError(f"{file} does not hold the weights of {model_name}: {error}") from error
-    config = resolve_model_data_config(model)
-    side = options.get("img_size", config["input_size"][1])
-    module = Backbone(model, side, config["mean"], config["std"])
-    return FeatureNetwork(name, module, {"timm_model": model_name, "timm": timm.__version__})
-
-
-def _timm_weights(repository: str) -> Path:
-    """The weights of one of timm's repositories: put there by hand, or fetched by huggingface_hub."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import logging as hub_logging
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    file = cache_folder("weights") / f"{repository.rpartition('/')[2]}.safetensors"
-    if file.is_file():
-        return file
-    disable_progress_bars()
-    hub_logging.set_verbosity(logging.CRITICAL)  # it would print every attempt
-    try:
-        return Path(hf_hub_download(repository, "model.safetensors"))
-    except Exception as error:
-        raise UserError(
-            f"the weights of {repository} are not here and cannot be downloaded "
-            f"({type(error).__name__}): get https://huggingface.co/{repository}/resolve/main/"
-            f"model.safetensors and put it at {file}"
-        ) from error
+def _timm(model_name: str, name: str, side: int | None = None) -> FeatureNetwork:
+    chosen = f"--features is {name!r}"
+    own = own_preprocessing(model_name, chosen)
+    model = load_timm(model_name, chosen, side)
+    module = Backbone(model, side or own.side, own.mean, own.std)
+    return FeatureNetwork(name, module, {"timm_model": model_name, "timm": version("timm")})
 
 
 def extract(

@@ -118,6 +118,7 @@ def samples_folder(
     for name, tensor in sorted(run.model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    weights_name = weights_name.replace(":", "-")
     name = f"step_{run.step:08d}-{weights_name}-{digest.hexdigest()[:12]}"
     return run.folder / "evaluation" / name
 

@@ -6,7 +6,7 @@ t = 1 is noise, which every solver and tool takes. All of it is exact:
 - Self-Flow embeds patches flattened as (channel, row, column) by a linear layer: reshaped, that is
   a convolution's weight.
 - SiT and Self-Flow evaluate their network at 1 - t, and it points towards data: the flip is folded
-  into the timestep embedder, the sign into the last layer (`_turn_around`).
+  into the timestep embedder, the sign into the last layer (`turn_around`).
 - A learned sigma, which SiT and Self-Flow never use, is cut off the last layer.
 
 DiT predicts noise at 1,000 diffusion steps, not a velocity, and keeps a type of its own.
@@ -222,7 +222,7 @@ def build_sit(
     weights = _cut_sigma(weights, dimensions)
     model = dimensions.build(out_channels=dimensions.channels)
     if source in ("sit", "self-flow"):
-        weights = _turn_around(weights, model.t_embedder.frequencies)
+        weights = turn_around(weights, model.t_embedder.frequencies)
     model.load_state_dict(weights)
     return model
 
@@ -390,8 +390,10 @@ def _cut_sigma(weights: Weights, dimensions: Dimensions) -> dict[str, Tensor]:
     return {**weights, **cut}
 
 
-def _turn_around(weights: Weights, frequencies: Float[Tensor, "F"]) -> dict[str, Tensor]:
-    """The weights of v(x, t) from those of u(x, t) where v(x, t) = -u(x, 1 - t).
+def turn_around(weights: Weights, frequencies: Float[Tensor, "F"]) -> dict[str, Tensor]:
+    """The weights of v(x, t) from those of u(x, t) where v(x, t) = -u(x, 1 - t), and the reverse.
+
+    Linear in the weights, symmetric and its own inverse: so it also turns gradients around.
 
     The embedder's first layer sees cos(wt) and sin(wt) for each frequency w. With
 
@@ -405,7 +407,9 @@ def _turn_around(weights: Weights, frequencies: Float[Tensor, "F"]) -> dict[str,
     reflected = torch.cat(
         [w.cos() * cosine + w.sin() * sine, w.sin() * cosine - w.cos() * sine], dim=1
     )
-    return {**weights, first: reflected} | {name: -weights[name] for name in LAST_LAYER}
+    return {**weights, first: reflected.to(weights[first].dtype)} | {
+        name: -weights[name] for name in LAST_LAYER
+    }
 
 
 @contextmanager

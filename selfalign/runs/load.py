@@ -3,7 +3,7 @@
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,12 @@ from selfalign.network import Backbone
 from selfalign.runs.folder import CHECKPOINTS, read_record
 from selfalign.sampling.settings import SamplingConfig
 from selfalign.student import build_student
-from selfalign.training.checkpoint import WEIGHTS, choose_checkpoint, load_weights, step_of
+from selfalign.training.checkpoint import (
+    choose_checkpoint,
+    load_weights,
+    step_of,
+    weights_file,
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class LoadedRun:
 
 def load_run(
     folder: Path,
-    weights: Literal["ema", "raw"] = "ema",
+    weights: str = "ema",
     device: torch.device | str = "cpu",
     *,
     step: int | None = None,
@@ -81,20 +86,20 @@ def load_run(
 
     Args:
         folder: of the run.
-        weights: the average, or the trained weights.
+        weights: `ema`, the average; `ema:DECAY`, another one that the run keeps; `raw`, the trained ones.
         device: where to.
         step: of which checkpoint; None for the last one.
         data_root: where the data is now; None: where it was.
 
     Raises:
-        UserError: there is no run or no whole checkpoint.
+        UserError: there is no run, no whole checkpoint, or no such average.
     """
     record = read_record(folder)
     config = record.config
     if data_root is not None:
         config = override(config, {"data.root": data_root})
     resolved = resolve(config)
-    file = WEIGHTS[weights]
+    file = weights_file(weights, config.training.ema_decays)
     checkpoint = choose_checkpoint(folder / CHECKPOINTS, step, [file])
     model = build_student(resolved)
     load_weights(checkpoint, model, file)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from selfalign.config import ResolvedConfig, RunConfig, override, resolve
+from selfalign.config import ResolvedConfig, RunConfig, complete, override, resolve
 from selfalign.data.contents import ABSENT, Recorded, describe_changes
 from selfalign.data.datasets import open_data
 from selfalign.data.source import DataSource
@@ -27,11 +27,13 @@ from selfalign.runs.folder import (
 from selfalign.runs.monitors import default_monitors
 from selfalign.training.accelerator import make_accelerator
 from selfalign.training.checkpoint import (
+    FILES,
     checkpoints,
     choose_checkpoint,
     is_monitored,
     rewind,
     step_of,
+    weights_file,
 )
 from selfalign.training.loop import (
     Monitor,
@@ -74,6 +76,7 @@ def start_run(
     _tell(found, source, accelerator)
     with together(accelerator):
         resolved = _resolve(config, source, accelerator)
+    resolved = main_process_first(accelerator, lambda: complete(resolved, source))
     made = missing_folders(folder)
     try:
         with sole_writer(folder, accelerator):
@@ -128,7 +131,7 @@ def resume_run(
     accelerator = make_accelerator(config.training, folder)
     with sole_writer(folder, accelerator):
         with together(accelerator):
-            checkpoint = _checkpoint(folder, step)
+            checkpoint = _checkpoint(folder, step, config.training.ema_decays)
             read_metrics(folder)  # before anything is written, whether it can be read
             done = 0 if checkpoint is None else step_of(checkpoint)
             if done > config.training.steps:
@@ -146,6 +149,7 @@ def resume_run(
             if told and accelerator.is_main_process:
                 warnings.warn(told, stacklevel=2)
             resolved = _resolve(config, source, accelerator)
+        resolved = main_process_first(accelerator, lambda: complete(resolved, source))
         state = begin(resolved, source, folder, accelerator, checkpoint)
         with together(accelerator):
             if accelerator.is_main_process:
@@ -198,7 +202,7 @@ def _refuse_used(folder: Path, accelerator: Accelerator) -> None:
             refuse_used(folder)
 
 
-def _checkpoint(folder: Path, step: int | None) -> Path | None:
+def _checkpoint(folder: Path, step: int | None, decays: Sequence[float]) -> Path | None:
     """Where to go on from; None where nothing has been saved yet.
 
     Raises:
@@ -211,7 +215,8 @@ def _checkpoint(folder: Path, step: int | None) -> Path | None:
         )
     if step is None and not os.path.lexists(place / "latest") and not checkpoints(place):
         return None
-    return choose_checkpoint(place, step)
+    averages = [weights_file(f"ema:{decay!r}", decays) for decay in decays]
+    return choose_checkpoint(place, step, list(dict.fromkeys([*FILES, *averages])))
 
 
 def _monitors(config: RunConfig, monitors: Sequence[Monitor] | None) -> Sequence[Monitor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from selfalign.errors import UserError
 from selfalign.flow import PATHS
 from selfalign.memory import keep_freed_memory
-from selfalign.network import Backbone
+from selfalign.network import EARLY_VELOCITY, Backbone
 from selfalign.randomness import make_generator
 from selfalign.sampling.guidance import GuidedModel
 from selfalign.sampling.settings import SamplingConfig
@@ -62,6 +62,11 @@ def check_sampling(
         raise UserError(
             f"guidance_scale is {config.guidance_scale}: the model was trained without dropped "
             "labels and has no unguided direction; allowed is 1"
+        )
+    if config.internal_guidance_scale > 1 and EARLY_VELOCITY not in model.head_taps:
+        raise UserError(
+            f"internal_guidance_scale is {config.internal_guidance_scale}: the model was trained without "
+            "the term early-velocity and has no second velocity; allowed is 1"
         )
     if labels == "balanced" and not model.num_classes:
         raise UserError("labels are balanced: the model's classes are none (unconditional)")
@@ -130,6 +135,7 @@ def generate(
             model.condition.null(condition, model.num_classes),
             config.guidance,
             _sampling_groups(config, model, indices, separate) if config.mask_ratio else None,
+            config.internal_guidance,
         )
         noise = draw()
         # MPS has no float64.

@@ -12,6 +12,8 @@ from selfalign.sampling.settings import Guidance
 from selfalign.sampling.solvers import Velocity
 from selfalign.tokens import TokenGroups
 
+OFF = Guidance()
+
 
 @dataclass(frozen=True)
 class GuidedModel:
@@ -23,6 +25,7 @@ class GuidedModel:
         null: the condition of the unguided direction, for as many samples.
         guidance: where and how strongly to guide.
         groups: token groups by step, which separate attention in sampling; None for whole images.
+        internal: where and how strongly the model's early velocity guides it, with a label and without.
     """
 
     model: Backbone
@@ -30,17 +33,19 @@ class GuidedModel:
     null: Tensor
     guidance: Guidance
     groups: Callable[[int], TokenGroups] | None = None
+    internal: Guidance = OFF
 
     def at(self, step: int, t_start: float) -> Velocity:
         """The velocity during one step. All its evaluations follow the decision at `t_start`."""
         groups = self.groups(step) if self.groups else None
+        internal = self.internal.scale if self.internal.applies(t_start) else 1.0
         if not self.guidance.applies(t_start):
-            return lambda x, t: self._evaluate(x, t, self.condition, groups)
+            return lambda x, t: self._evaluate(x, t, self.condition, groups, internal)
         condition = torch.cat([self.condition, self.null])
         groups = None if groups is None else groups.repeat(2)
 
         def velocity(x: Tensor, t: float) -> Tensor:
-            both = self._evaluate(torch.cat([x, x]), t, condition, groups)
+            both = self._evaluate(torch.cat([x, x]), t, condition, groups, internal)
             conditional, unconditional = both.chunk(2)
             guided = unconditional + self.guidance.scale * (conditional - unconditional)
             if self.guidance.channels == "first-three":
@@ -50,8 +55,14 @@ class GuidedModel:
         return velocity
 
     def _evaluate(
-        self, x: Float[Tensor, "B C H W"], t: float, condition: Tensor, groups: TokenGroups | None
+        self,
+        x: Float[Tensor, "B C H W"],
+        t: float,
+        condition: Tensor,
+        groups: TokenGroups | None,
+        internal: float,
     ) -> Float[Tensor, "B C H W"]:
         dtype = self.model.dtype
         timesteps = torch.full((len(x),), t, dtype=dtype, device=x.device)
-        return self.model.velocity(x.to(dtype), timesteps, condition, groups).to(x.dtype)
+        more = {} if internal == 1 else {"internal_guidance": internal}
+        return self.model.velocity(x.to(dtype), timesteps, condition, groups, **more).to(x.dtype)

@@ -25,13 +25,17 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
     channels: Literal["all", "first-three"] = "all"
     """The others follow v_label; DiT's and SiT's released samplers guide three of a latent's four."""
+    name: str = "guidance"
+    """In messages."""
 
     def __post_init__(self) -> None:
         low, high = self.interval
         if not 0 <= low <= high <= 1:
-            raise UserError(f"guidance interval is {low} {high}: allowed are 0 <= low <= high <= 1")
+            raise UserError(
+                f"{self.name} interval is {low} {high}: allowed are 0 <= low <= high <= 1"
+            )
         if not 1 <= self.scale <= MAX_SCALE:
-            raise UserError(f"guidance scale is {self.scale}: allowed is 1 (off) to {MAX_SCALE}")
+            raise UserError(f"{self.name} scale is {self.scale}: allowed is 1 (off) to {MAX_SCALE}")
 
     def applies(self, t: float) -> bool:
         """Whether a step that starts at t is guided."""
@@ -58,6 +62,11 @@ class SamplingConfig(Choosing):
     """Sample i is a function of this seed and i."""
     guidance_channels: Literal["all", "first-three"] = "all"
     """Channels that are guided; DiT and SiT guide the first three of a latent's four."""
+    internal_guidance_scale: float = 1.0
+    """Strength of internal guidance, from the second velocity head of the term early-velocity to the last
+    layer; 1 is off; the released code's is 1.4."""
+    internal_guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Internal guidance applies to steps that start at a t within these bounds."""
     solvers: PartSettings = field(default_factory=lambda: PartSettings("solver"))
     """Settings of the solvers, by name."""
 
@@ -66,12 +75,20 @@ class SamplingConfig(Choosing):
         self.require_number("steps", 1, MAX_STEPS, f"a number from 1 to {MAX_STEPS:,}")
         self.require(0 <= self.mask_ratio < 1, "mask_ratio", "allowed is 0 (off) to below 1")
         self.require(0 <= self.seed < 2**63, "seed", "allowed is a whole number from 0 to 2^63-1")
-        assert self.guidance is not None  # made once, so that it checks its numbers
+        assert (
+            self.guidance and self.internal_guidance
+        )  # made once, so that they check their numbers
 
     @property
     def guidance(self) -> Guidance:
         """Where and how strongly the label guides."""
         return Guidance(self.guidance_scale, self.guidance_interval, self.guidance_channels)
+
+    @property
+    def internal_guidance(self) -> Guidance:
+        """Where and how strongly the early velocity guides."""
+        scale, interval = self.internal_guidance_scale, self.internal_guidance_interval
+        return Guidance(scale, interval, name="internal guidance")
 
     def make_solver(self) -> Solver:
         """The chosen solver with its settings."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from selfalign.parts import Part
 
@@ -13,8 +14,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from selfalign.config import ResolvedConfig
+    from selfalign.data.source import DataSource, Features
     from selfalign.network import Tap
     from selfalign.objective import Pass
+
+
+class BuiltTarget(Protocol):
+    """What a run asks of a target in every step."""
+
+    def taps(self, config: ResolvedConfig) -> tuple[Tap, ...]:
+        """See `Target.taps`."""
+        ...
+
+    def features(self, forward: Pass) -> Float[Tensor, "B N Z"]:
+        """See `Target.features`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -23,7 +37,7 @@ class Target(Part):
 
     kind: ClassVar[str] = "target"
 
-    def build(self, config: ResolvedConfig) -> Target:
+    def build(self, config: ResolvedConfig) -> BuiltTarget:
         """What gives the features in a run: this part, unless it has networks to load first."""
         return self
 
@@ -35,10 +49,41 @@ class Target(Part):
         """Features of the EMA teacher that the target is made of. None by default."""
         return ()
 
+    def completed(self, config: ResolvedConfig, source: DataSource) -> Target:
+        """The same part with what a run records of it besides its settings; itself by default.
+
+        Args:
+            config: the tree in which it is chosen.
+            source: the run's data.
+
+        Raises:
+            UserError: something that the target needs is not there, or does not fit.
+        """
+        return self
+
+    def stored(self, config: ResolvedConfig, source: DataSource) -> Mapping[str, Features]:
+        """Features of the training images that are to come with every batch. None by default."""
+        return {}
+
+    def stored_shapes(self, config: ResolvedConfig) -> Mapping[str, tuple[int, ...]]:
+        """Shapes (h, w, Z) of what comes with every sample, for who counts or measures without data."""
+        return {}
+
+    def part_widths(self, config: ResolvedConfig) -> tuple[int | None, ...]:
+        """Features of each of the parts that the target's features consist of, side by side.
+
+        A part has a projector and a distance of its own; encoders are such parts. None stands for the
+        student's own width D.
+        """
+        return (None,)
+
     @abstractmethod
     def features(self, forward: Pass) -> Float[Tensor, "B N Z"]:
         """The target's features of a batch.
 
         Args:
             forward: the batch, its views and draw, the student's output and the EMA teacher.
+
+        Returns:
+            In group order; Z is the sum of `part_widths`.
         """

@@ -25,9 +25,6 @@ class Term(Part):
 
     kind: ClassVar[str] = "term"
 
-    head_names: ClassVar[tuple[str, ...]] = ()
-    """Names of the heads that `heads` makes."""
-
     weight: float = 1.0
     """Weight of this term in the total loss."""
     decay: Literal["constant", "linear", "cosine", "exponential"] = "constant"
@@ -37,6 +34,10 @@ class Term(Part):
     """Optimizer step from which on the weight falls."""
     decay_steps: int = 100_000
     """Steps in which the weight falls to 0 (linear, cosine), or to a tenth (exponential)."""
+    decay_every: int = 1
+    """Steps between two changes of a falling weight; those of an epoch let it fall by epochs."""
+    start_step: int = 0
+    """Optimizer step from which on the term is computed."""
     stop_step: int = 0
     """Optimizer step from which on the term is no longer computed; 0: never."""
 
@@ -45,16 +46,24 @@ class Term(Part):
         self.require_number("weight", 0, math.inf, "a number from 0")
         self.require_number("decay_start", 0, math.inf, "a number from 0")
         self.require_number("decay_steps", 1, math.inf, "a number from 1")
+        self.require_number("decay_every", 1, math.inf, "a number from 1")
+        self.require_number("start_step", 0, math.inf, "a number from 0")
         self.require_number("stop_step", 0, math.inf, "a step from 1, or 0 (never)")
         self.require(
             self.decay == "constant" or self.stop_step == 0 or self.stop_step > self.decay_start,
             "stop_step",
             f"allowed is a step after decay_start, which is {self.decay_start}, or 0 (never)",
         )
+        self.require(
+            self.stop_step == 0 or self.stop_step > self.start_step,
+            "stop_step",
+            f"allowed is a step after start_step, which is {self.start_step}, or 0 (never)",
+        )
 
     def weight_at(self, step: int) -> float:
         """The weight of optimizer step `step`, counted from 0."""
-        fallen = max(0, step - self.decay_start) / self.decay_steps
+        reached = step // self.decay_every * self.decay_every
+        fallen = max(0, reached - self.decay_start) / self.decay_steps
         if self.decay == "linear":
             return self.weight * max(0.0, 1 - fallen)
         if self.decay == "cosine":
@@ -64,8 +73,8 @@ class Term(Part):
         return self.weight
 
     def stopped(self, step: int) -> bool:
-        """Whether the term is no longer computed at optimizer step `step`."""
-        return 0 < self.stop_step <= step
+        """Whether the term is not computed at optimizer step `step`: not yet, or no longer."""
+        return step < self.start_step or 0 < self.stop_step <= step
 
     def is_used(self, config: RunConfig) -> bool:
         """Whether the term is one of the config's."""
@@ -77,6 +86,10 @@ class Term(Part):
 
     def target_names(self) -> tuple[str, ...]:
         """The targets that the term compares with. None by default."""
+        return ()
+
+    def head_names(self, config: ResolvedConfig) -> tuple[str, ...]:
+        """Names of the heads that `heads` makes. None by default."""
         return ()
 
     def heads(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from selfalign.backbones import find_tap
-from selfalign.parts import chosen, register
+from selfalign.parts import Part, chosen, register
 from selfalign.terms import Term
 
 if TYPE_CHECKING:
@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from selfalign.objective import Pass
 
 HEAD = "ap_head"
-"""The released name of the student's head."""
+"""The released name of SRA's head."""
+PROJECTORS = "projectors"
+"""The released name of REPA's heads, one per encoder."""
+SPREAD = 1e-6
+"""Added to the deviations that features are divided by, as iREPA does."""
 
 
 def distance(
@@ -41,12 +45,22 @@ def distance(
     return {"l1": functional.l1_loss, "l2": functional.mse_loss}[name](student, target)
 
 
+def normalised(kind: str, features: Float[Tensor, "B N Z"]) -> Float[Tensor, "B N Z"]:
+    """A target's features with their mean over tokens and, `zscore`, their deviation taken out.
+
+    `zscore` is iREPA's: (z - mean) / (unbiased deviation + 1e-6), per sample and feature; `none` leaves
+    them as they are.
+    """
+    if kind == "none":
+        return features
+    centred = features - features.mean(dim=1, keepdim=True)
+    return centred / (features.std(dim=1, keepdim=True) + SPREAD)
+
+
 @register("alignment")
 @dataclass(frozen=True)
 class Alignment(Term):
     """L_align: the student's block m, through a head, against a target."""
-
-    head_names = (HEAD,)
 
     weight: float = 0.5
     """Weight lambda of the alignment loss (Eq. 4)."""
@@ -56,6 +70,10 @@ class Alignment(Term):
     """Distance of Eq. 3; cosine-over-tokens is what the released SRA code computes."""
     block: int | float | str = 0.3
     """Student block m: its number from 1, a share of the depth, or a module's name."""
+    projector: str = chosen("projector", "sra", none="none")
+    """What turns the student's features into the target's; none compares them as they are."""
+    spatial_norm: Literal["none", "zscore"] = "none"
+    """What is done to the target's features over the tokens of a sample; zscore is iREPA's."""
 
     def is_used(self, config: RunConfig) -> bool:
         """With a target."""
@@ -69,18 +87,55 @@ class Alignment(Term):
         """Where the student's features are taken."""
         return find_tap(self.block, config.depth, self.dotted("block"))
 
+    def uses(self, config: Any) -> tuple[Part, ...]:
+        """The projector."""
+        return () if self.projector == "none" else (config.projectors[self.projector],)
+
     def target_names(self) -> tuple[str, ...]:
         """The chosen one."""
         return (self.target,)
 
+    def taps(self, config: ResolvedConfig) -> tuple[Tap, ...]:
+        """The block, where its features are compared as they are."""
+        return (self.tap(config),) if self.projector == "none" else ()
+
+    def head_names(self, config: ResolvedConfig) -> tuple[str, ...]:
+        """One per part of the target, under the names that SRA and REPA gave them."""
+        parts = len(config.targets[self.target].part_widths(config))
+        if self.projector == "none":
+            return ()
+        if self.projector == "sra" and parts == 1:
+            return (HEAD,)
+        return tuple(f"{PROJECTORS}.{part}" for part in range(parts))
+
     def heads(
         self, config: ResolvedConfig, backbone: Backbone
     ) -> Mapping[str, tuple[Tap, nn.Module]]:
-        """SRA's head."""
-        from selfalign.heads import ProjectionHead
-
-        return {HEAD: (self.tap(config), ProjectionHead(backbone.hidden_size))}
+        """A projector for each part of the target."""
+        width = backbone.hidden_size
+        widths = [part or width for part in config.targets[self.target].part_widths(config)]
+        if self.projector == "none":
+            self.require(
+                widths == [width],
+                "projector",
+                f"the student has {width} features and {self.target} {' and '.join(map(str, widths))}; "
+                f"allowed is one of {', '.join(config.projectors)}",
+            )
+            return {}
+        projector, tap = config.projectors[self.projector], self.tap(config)
+        names = self.head_names(config)
+        return {
+            name: (tap, projector.build(width, part, config.grid))
+            for name, part in zip(names, widths, strict=True)
+        }
 
     def __call__(self, forward: Pass) -> Float[Tensor, ""]:
-        """The distance, averaged over tokens."""
-        return distance(self.distance, forward.output.projected[HEAD], forward.targets[self.target])
+        """The distance, averaged over tokens and over the target's parts."""
+        config, output = forward.config, forward.output
+        own = (HEAD, f"{PROJECTORS}.")
+        students = [made for name, made in output.projected.items() if name.startswith(own)]
+        students = students or [output.features[self.tap(config)]]
+        target = normalised(self.spatial_norm, forward.targets[self.target])
+        targets = target.split([student.shape[2] for student in students], dim=2)
+        distances = [distance(self.distance, *pair) for pair in zip(students, targets, strict=True)]
+        return sum(distances[1:], start=distances[0]) / len(distances)

@@ -53,13 +53,13 @@ class Dispersive(Term):
         Distances are between flattened features and divided by their number, as in the released code;
         the pairs of a sample with itself count, at distance 0. Tokens are compared in image order.
         """
-        import torch
+        from selfalign.precision import full_precision
 
         features = forward.output.features[self.tap(forward.config)]
         features = forward.views.groups.restore(features)
         z = features.flatten(1).float()
         squares = z.square().sum(dim=1)
-        with torch.autocast(z.device.type, enabled=False):  # it would multiply in low precision
+        with full_precision(z.device):
             distance = squares[:, None] + squares - 2 * z @ z.t()
         scaled = distance.clamp(min=0) / (z.shape[1] * self.temperature)
         return scaled.neg().exp().mean().log()

@@ -1,17 +1,20 @@
 """Checkpoints: whole or absent, never half, never poisoned; no pickle.
 
-A checkpoint is a folder `checkpoints/step_*/` with `model.safetensors`, `ema.safetensors`,
-`optimizer.safetensors`, `state.json`, and the checksums of these in `checksums.json`. It is written
+A checkpoint is a folder `checkpoints/step_*/` with `model.safetensors`, `ema.safetensors`, perhaps further
+averages (`ema-0.999.safetensors`), `optimizer.safetensors`, `state.json`, and the checksums of these in
+`checksums.json`. It is written
 beside its place and renamed into it; the file `checkpoints/latest` names the last one that is whole, and
 `checkpoints/monitored` the last one whose monitors are through.
 """
 
+import contextlib
 import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated
 
 import msgspec
@@ -61,6 +64,26 @@ class Checksums(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """By file; hexadecimal."""
 
 
+def weights_file(weights: str, decays: Sequence[float]) -> str:
+    """The file of a checkpoint that holds some weights.
+
+    Args:
+        weights: raw, ema, or ema:DECAY.
+        decays: of the run's averages; the first one is `ema`.
+
+    Raises:
+        UserError: the run keeps no such average.
+    """
+    files = WEIGHTS | {f"ema:{decay!r}": f"ema-{decay!r}.safetensors" for decay in decays}
+    files[f"ema:{decays[0]!r}"] = WEIGHTS["ema"]
+    kind, colon, decay = weights.partition(":")
+    with contextlib.suppress(ValueError):
+        weights = f"{kind}{colon}{float(decay)!r}" if colon else weights
+    if weights not in files:
+        raise UserError(f"weights are {weights!r}: this run keeps {', '.join(files)}")
+    return files[weights]
+
+
 def checkpoint_name(step: int) -> str:
     """Folder name of the checkpoint after `step` optimizer steps."""
     return f"step_{step:08d}"
@@ -78,6 +101,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: CheckpointState,
     keep: int,
+    averages: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> Path:
     """Write a checkpoint below `folder`, make it the latest, and drop old ones.
 
@@ -87,6 +111,7 @@ def save_checkpoint(
         optimizer: its parameters are the student's, in order.
         state: the step, and whatever else the run needs.
         keep: how many of the last checkpoints stay.
+        averages: further ones, by file.
 
     Raises:
         UserError: the disk is full or not writable, or a tensor is not finite; earlier checkpoints are
@@ -97,6 +122,7 @@ def save_checkpoint(
     tensors = {
         "model.safetensors": student.state_dict(),
         "ema.safetensors": ema.state_dict(),
+        **{file: model.state_dict() for file, model in averages.items()},
         "optimizer.safetensors": _optimizer_tensors(student, optimizer),
     }
     for file, named in tensors.items():
@@ -112,7 +138,7 @@ def save_checkpoint(
         for file, named in tensors.items():
             write_safetensors(partial / file, named)
         write_json(partial / "state.json", state)
-        sums = {file: _checksum(partial / file) for file in FILES}
+        sums = {file: _checksum(partial / file) for file in (*tensors, "state.json")}
         write_json(partial / CHECKSUMS, Checksums(sums))
         if target.exists():  # of the same step, before the run went back to an earlier one
             _drop(target)

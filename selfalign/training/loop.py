@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from selfalign.config import ResolvedConfig
-from selfalign.data.source import DataSource
+from selfalign.data.source import DataSource, Features
 from selfalign.data.stream import BatchOfMicroStep, training_batches
 from selfalign.errors import Interrupted, UserError
 from selfalign.network import Backbone
@@ -33,6 +33,7 @@ from selfalign.training.checkpoint import (
     load_weights,
     mark_monitored,
     save_checkpoint,
+    weights_file,
 )
 from selfalign.training.ema import EMA
 from selfalign.training.finite import explain
@@ -52,6 +53,8 @@ class TrainingState:
     """The trained model, unwrapped."""
     ema: EMA[Backbone]
     optimizer: torch.optim.Optimizer
+    averages: dict[str, EMA[Backbone]] = field(default_factory=dict)
+    """Further ones, by their file in checkpoints."""
     step: int = 0
     """Optimizer steps done."""
     saved_step: int | None = None
@@ -103,9 +106,11 @@ def begin(
     """
     training = config.training
     student = build_student(config).to(accelerator.device)
-    ema = EMA(student, training.ema_decay, training.ema_warmup)
+    decays = training.ema_decays
+    ema, *further = (EMA(student, decay, training.ema_warmup) for decay in decays)
+    averages = {weights_file(f"ema:{each.decay!r}", decays): each for each in further}
     optimizer = make_optimizer(config, student)
-    state = TrainingState(config, source, folder, accelerator, student, ema, optimizer)
+    state = TrainingState(config, source, folder, accelerator, student, ema, optimizer, averages)
     if checkpoint is not None:
         with together(accelerator):
             _restore(state, checkpoint)
@@ -140,7 +145,13 @@ def train(
     training, student = config.training, state.student
     shares = accelerator.num_processes * training.gradient_accumulation
     take_step = TrainingStep(
-        config, accelerator, student, state.ema, state.optimizer, state.skipped
+        config,
+        accelerator,
+        student,
+        state.ema,
+        state.optimizer,
+        state.skipped,
+        tuple(state.averages.values()),
     )
     with together(accelerator):
         state.metrics = Metrics(state.folder, accelerator, state.step, state.monitored)
@@ -159,6 +170,7 @@ def train(
         processes=accelerator.num_processes,
         workers=config.data.workers,
         pin_memory=accelerator.device.type == "cuda",
+        features=_stored_features(config, source),
     )
     student.train()
     started, logged_step = time.perf_counter(), first_step
@@ -167,11 +179,8 @@ def train(
             step = state.step
             micro_batches = []
             try:
-                for x0, labels in itertools.islice(batches, training.gradient_accumulation):
-                    device = accelerator.device
-                    micro_batches.append(
-                        (x0.to(device, non_blocking=True), labels.to(device, non_blocking=True))
-                    )
+                for batch in itertools.islice(batches, training.gradient_accumulation):
+                    micro_batches.append(batch.to(accelerator.device))
             except UserError:
                 _save_before_ending(state, take_step)
                 raise
@@ -200,6 +209,14 @@ def train(
     return state
 
 
+def _stored_features(config: ResolvedConfig, source: DataSource) -> dict[str, Features]:
+    """What the targets want to come with every batch."""
+    targets = config.used_targets().values()
+    return {
+        name: held for target in targets for name, held in target.stored(config, source).items()
+    }
+
+
 def _restore(state: TrainingState, checkpoint: Path) -> None:
     saved = read_json(checkpoint / "state.json", CheckpointState)
     optimizer = state.config.training.optimizer
@@ -210,6 +227,8 @@ def _restore(state: TrainingState, checkpoint: Path) -> None:
         )
     load_weights(checkpoint, state.student, WEIGHTS["raw"])
     load_weights(checkpoint, state.ema.model, WEIGHTS["ema"])
+    for file, average in state.averages.items():
+        load_weights(checkpoint, average.model, file)
     load_optimizer(checkpoint, state.student, state.optimizer)
     state.step = state.saved_step = saved.step
     state.skipped = saved.skipped
@@ -234,6 +253,7 @@ def _save(state: TrainingState) -> None:
                 state.config.training.optimizer,
             ),
             state.config.training.keep_checkpoints,
+            {file: average.model for file, average in state.averages.items()},
         )
     state.saved_step = state.step
 

@@ -51,6 +51,7 @@ class TrainingStep:
         ema: its average.
         optimizer: over the student's parameters.
         skipped: steps left out before as not finite.
+        averages: further ones that follow the student.
     """
 
     def __init__(
@@ -61,11 +62,12 @@ class TrainingStep:
         ema: EMA[Backbone],
         optimizer: torch.optim.Optimizer,
         skipped: int = 0,
+        averages: Sequence[EMA[Backbone]] = (),
     ) -> None:
         if accelerator.device.type == "cpu":
             keep_freed_memory()
         self.config, self.accelerator = config, accelerator
-        self.student, self.ema = student, ema
+        self.student, self.ema, self.averages = student, ema, averages
         self._parameters = list(student.parameters())
         self._model: nn.Module
         self._model, self._optimizer = accelerator.prepare(student, optimizer)
@@ -87,22 +89,23 @@ class TrainingStep:
             Losses per micro-batch, and the norm of the gradient before clipping.
         """
         losses = []
-        for micro_step, (x0, labels) in enumerate(batches):
+        for micro_step, batch in enumerate(batches):
             last = micro_step == len(batches) - 1
             # Processes exchange gradients at the last micro-batch only.
             with nullcontext() if last else self.accelerator.no_sync(self._model):
-                loss = self.forward(step, step * len(batches) + micro_step, x0, labels)
+                loss = self.forward(step, step * len(batches) + micro_step, batch)
                 self.accelerator.backward(loss.total / len(batches))
             losses.append(loss)
         return losses, self.update(step, losses)
 
-    def forward(self, step: int, micro_step: int, x0: Tensor, labels: Tensor) -> Losses:
+    def forward(self, step: int, micro_step: int, batch: Batch) -> Losses:
         """The objective of a step on the draw of a micro-step."""
         rank, device = self.accelerator.process_index, self.accelerator.device
         generator = make_generator(self.config.seed, "views", micro_step, rank, device=device)
+        x0, labels, features = batch
         draw = draw_views(self.config, x0, generator)
         with self.accelerator.autocast():
-            return self.objective(self._model, self.ema.model, x0, labels, draw, step)
+            return self.objective(self._model, self.ema.model, x0, labels, draw, step, features)
 
     def update(self, step: int, losses: Sequence[Losses]) -> Tensor:
         """Clip, move the weights, and let the average follow. Returns the gradient's norm."""
@@ -118,5 +121,6 @@ class TrainingStep:
                 self.finite.judge(checks)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self.ema.update(step)
+        for average in (self.ema, *self.averages):
+            average.update(step)
         return norm

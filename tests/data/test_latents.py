@@ -140,9 +140,9 @@ def test_order_and_resume(tmp_path: Path, moments: np.ndarray, workers: int):
     whole = list(training_batches(source.train, first=0, **settings))
     resumed = list(training_batches(source.train, first=5, **settings))
     assert len(whole) == 9
-    for (a, labels), (b, same) in zip(whole[5:], resumed, strict=True):
-        assert torch.equal(a, b) and torch.equal(labels, same)
-    first_epoch = torch.cat([labels for _, labels in whole])[:10]
+    for a, b in zip(whole[5:], resumed, strict=True):
+        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+    first_epoch = torch.cat([batch.labels for batch in whole])[:10]
     assert sorted(first_epoch.tolist()) == list(range(1, 11))
 
 

@@ -20,6 +20,12 @@ from selfalign.data.source import MemorySplit
 from selfalign.data.stream import epoch_order, training_batches
 
 
+def pairs(*arguments, **settings):
+    """The batches' images and labels."""
+    for batch in training_batches(*arguments, **settings):
+        yield batch.images, batch.labels
+
+
 class ThreadedSplit(MemorySplit):
     """Read ahead by threads."""
 
@@ -50,7 +56,7 @@ class BrokenSplit:
 
 
 def labels_of(split, **settings):
-    return [labels.tolist() for _, labels in training_batches(split, **settings)]
+    return [labels.tolist() for _, labels in pairs(split, **settings)]
 
 
 class TestOrder:
@@ -105,9 +111,9 @@ class TestBatches:
     def test_ranks_partition_the_batch_of_one_process(self, batch_size):
         split = numbered_split(17, flip=True)
         common = {"seed": 3, "first": 2, "last": 7}
-        one = list(training_batches(split, batch_size=3 * batch_size, **common))
+        one = list(pairs(split, batch_size=3 * batch_size, **common))
         ranks = [
-            list(training_batches(split, batch_size=batch_size, rank=r, processes=3, **common))
+            list(pairs(split, batch_size=batch_size, rank=r, processes=3, **common))
             for r in range(3)
         ]
         for step, (images, labels) in enumerate(one):
@@ -116,8 +122,8 @@ class TestBatches:
 
     def test_micro_batches_partition_the_batch_of_one_step(self):
         split = numbered_split(17, flip=True)
-        whole = list(training_batches(split, seed=3, batch_size=8, first=0, last=5))
-        parts = list(training_batches(split, seed=3, batch_size=2, first=0, last=20))
+        whole = list(pairs(split, seed=3, batch_size=8, first=0, last=5))
+        parts = list(pairs(split, seed=3, batch_size=2, first=0, last=20))
         images = torch.cat([images for images, _ in parts])
         assert torch.equal(images, torch.cat([images for images, _ in whole]))
 
@@ -125,8 +131,8 @@ class TestBatches:
     def test_resuming_anywhere_gives_the_same_batches(self, first):
         split = numbered_split(7, flip=True)
         common = {"seed": 5, "batch_size": 3, "last": 12, "rank": 1, "processes": 2}
-        whole = list(training_batches(split, first=0, **common))
-        resumed = list(training_batches(split, first=first, **common))
+        whole = list(pairs(split, first=0, **common))
+        resumed = list(pairs(split, first=first, **common))
         assert len(resumed) == 12 - first
         for (a, b), (c, d) in zip(whole[first:], resumed, strict=True):
             assert torch.equal(a, c) and torch.equal(b, d)
@@ -136,8 +142,8 @@ class TestBatches:
     def test_workers_change_nothing(self, workers, kind):
         split = numbered_split(7, flip=True, kind=kind)
         common = {"seed": 5, "batch_size": 3, "first": 1, "last": 9}
-        alone = list(training_batches(split, **common))
-        helped = list(training_batches(split, workers=workers, **common))
+        alone = list(pairs(split, **common))
+        helped = list(pairs(split, workers=workers, **common))
         assert len(helped) == len(alone) == 8
         for (a, b), (c, d) in zip(alone, helped, strict=True):
             assert torch.equal(a, c) and torch.equal(b, d)
@@ -152,14 +158,14 @@ class TestBatches:
 
         split = numbered_split(7, kind=Noting)
         common = {"seed": 0, "batch_size": 2, "first": 0}
-        batches = training_batches(split, workers=2, last=1000, **common)
+        batches = pairs(split, workers=2, last=1000, **common)
         next(batches)
         batches.close()
         count = len(read)
         assert 1 <= count <= 5 and all(name.startswith("data") for name in read)
         names = {thread.name for thread in threading.enumerate()}
         assert not any(name.startswith("data") for name in names)
-        list(training_batches(split, workers=2, last=3, **common))
+        list(pairs(split, workers=2, last=3, **common))
         assert len(read) == count + 3
 
     @pytest.mark.parametrize("workers", [0, 2])
@@ -174,7 +180,7 @@ class TestBatches:
             reads_in_threads = True
 
         for kind, inside in ((Telling, workers == 0), (TellingInThreads, True)):
-            batches = training_batches(
+            batches = pairs(
                 numbered_split(5, kind=kind),
                 seed=0,
                 batch_size=2,
@@ -190,8 +196,7 @@ class TestBatches:
     def test_seeds_change_order_and_flips(self):
         split = numbered_split(64, flip=True)
         a, b = (
-            next(iter(training_batches(split, seed=seed, batch_size=64, first=0, last=1)))
-            for seed in (0, 1)
+            next(iter(pairs(split, seed=seed, batch_size=64, first=0, last=1))) for seed in (0, 1)
         )
         assert a[1].tolist() != b[1].tolist()
 
@@ -202,7 +207,7 @@ class TestBatches:
 
     def test_an_image_is_mirrored_in_some_epochs_only(self):
         split = numbered_split(4, flip=True)
-        batches = list(training_batches(split, seed=0, batch_size=4, first=0, last=40))
+        batches = list(pairs(split, seed=0, batch_size=4, first=0, last=40))
         mirrored = torch.stack([(x[y.argsort(), 0, 0, 0] == -1) for x, y in batches]).float()
         assert (mirrored.mean(dim=0) - 0.5).abs().max() < 4 * 0.5 / 40**0.5
         # and neither is it the same places of every epoch that are
@@ -213,10 +218,10 @@ class TestBatches:
         split = numbered_split(20, flip=True)
         common = {"seed": 1, "batch_size": 4, "first": 0, "last": 6}
         torch.manual_seed(0)
-        before = list(training_batches(split, **common))
+        before = list(pairs(split, **common))
         torch.manual_seed(1)
         state = torch.get_rng_state()
-        after = list(training_batches(split, **common))
+        after = list(pairs(split, **common))
         assert torch.equal(torch.get_rng_state(), state)
         for (a, _), (b, _) in zip(before, after, strict=True):
             assert torch.equal(a, b)
@@ -225,7 +230,7 @@ class TestBatches:
 class TestErrors:
     @pytest.mark.parametrize(("workers", "threads"), [(0, False), (2, False), (2, True)])
     def test_cross_worker_boundaries_as_the_one_line_they_were(self, workers, threads):
-        batches = training_batches(
+        batches = pairs(
             BrokenSplit(threads), seed=0, batch_size=2, first=0, last=4, workers=workers
         )
         with pytest.raises(UserError) as error:
@@ -237,7 +242,7 @@ class TestErrors:
     def test_batches_before_the_broken_one_arrive(self, workers, threads):
         order = epoch_order(0, 0, 8).tolist()
         whole = order.index(3) // 2
-        batches = training_batches(
+        batches = pairs(
             BrokenSplit(threads), seed=0, batch_size=2, first=0, last=4, workers=workers
         )
         for number in range(whole):
@@ -255,7 +260,7 @@ class Sleeper(MemorySplit):
 
 
 def batches_of(split, workers=1):
-    return training_batches(split, seed=0, batch_size=4, first=0, last=10_000, workers=workers)
+    return pairs(split, seed=0, batch_size=4, first=0, last=10_000, workers=workers)
 
 
 class TestWorkers:

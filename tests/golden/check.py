@@ -19,14 +19,21 @@ from torch import Tensor
 from selfalign import Draw, Objective, SiT, TokenGroups, recipe, resolve
 from selfalign.flow import PATHS
 from selfalign.heads import ProjectionHead
-from selfalign.interop.released import Source, build_dit, build_projectors, build_sit
+from selfalign.interop.released import (
+    Source,
+    build_dit,
+    build_projectors,
+    build_sit,
+    turn_around,
+)
 from selfalign.sampling.guidance import GuidedModel
 from selfalign.sampling.settings import Guidance
 from selfalign.sampling.solvers import Solver
 from selfalign.sampling.solvers.euler import Euler
 from selfalign.sampling.solvers.heun import Heun
 from selfalign.sampling.solvers.sde import EulerMaruyama
-from selfalign.terms.alignment import HEAD, distance
+from selfalign.terms.alignment import HEAD, distance, normalised
+from selfalign.terms.contrastive import NEGATIVES
 from selfalign.tokens import one_group
 
 TOLERANCE = 2e-5
@@ -65,12 +72,15 @@ def make_model(state: Tensors, meta: dict[str, Any], channels: int, **settings: 
         hidden_size=meta["hidden"],
         depth=meta["depth"],
         heads=meta["heads"],
-        num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
+        num_classes=(
+            len(state["y_embedder.embedding_table.weight"]) - 1 if state else meta["num_classes"]
+        ),
         **settings,
     )
     if tap is not None:
         model.add_head("ap_head", ProjectionHead(model.hidden_size), tap)
-    model.load_state_dict(state)
+    if state:
+        model.load_state_dict(state)
     return model
 
 
@@ -131,6 +141,98 @@ def check_objective(meta: dict[str, Any], tensors: Tensors) -> Results:
         if parameter.grad is not None:
             results[f"grad.{name}"] = parameter.grad
     return results
+
+
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "repa": {"terms.alignment.target": "frozen-encoder"},
+    "irepa": {"terms.alignment.target": "frozen-encoder"},
+    "layersync": {"terms.alignment.target": "same-pass", "terms.alignment.projector": "none"},
+    "contrastive-flow-matching": {"objective.terms": ("contrastive",)},
+}
+"""Where each system lies in the space."""
+
+
+def check_term(meta: dict[str, Any], tensors: Tensors) -> Results:
+    """Losses, features and gradients of a neighbouring system's step on plain SiT."""
+    state, side, channels = weights(tensors, "student."), meta["input_size"], tensors["x0"].shape[1]
+    encoders = [name for name in sorted(tensors) if name.startswith("encoder.")]
+    words = tuple(f"timm:recorded#{name}" for name in encoders)
+    settings: dict[str, Any] = {
+        **SYSTEMS[meta["system"]],
+        "model.size": f"XL/{meta['patch']}",
+        "model.qk_norm": meta.get("qk_norm", False),
+        "flow.path": meta["path"],
+        "training.batch_size": len(tensors["x0"]),
+    }
+    if "student_block" in meta:
+        settings["terms.alignment.block"] = meta["student_block"]
+        settings["terms.alignment.weight"] = meta["weight"]
+        settings["terms.alignment.spatial_norm"] = meta.get("spatial_norm", "none")
+    else:
+        settings["terms.contrastive.weight"] = meta["weight"]
+    if "teacher_block" in meta:
+        settings["targets.same-pass.block"] = meta["teacher_block"]
+    if "projector" in meta:
+        settings["terms.alignment.projector"] = meta["projector"]
+        settings["targets.frozen-encoder.encoders"] = words
+        settings["targets.frozen-encoder.widths"] = tuple(tensors[n].shape[2] for n in encoders)
+    if "kernel" in meta:
+        settings["projectors.conv.kernel"] = meta["kernel"]
+    if "projector_dim" in meta:
+        settings["projectors.mlp3.width"] = meta["projector_dim"]
+    config = resolve(recipe("sit", settings), channels, (side, side), meta["num_classes"])
+    turned = "t_convention" in meta
+    if turned:  # SiT's own weights, in its time
+        student = build_sit(state, "sit", heads=meta["heads"], channels=channels)
+    else:
+        student = make_model({}, meta, channels, qk_norm=config.model.qk_norm)
+    for term in config.used_terms().values():
+        for name, (tap, head) in term.heads(config, student).items():
+            student.add_head(name, head, tap)
+    if not turned:
+        student.load_state_dict(state)
+    rows = student.grid.shape[0]
+    objective = Objective(config)
+    draw = Draw(
+        noise=tensors["noise"],
+        timesteps=tensors["timesteps"],
+        order=None,
+        teacher_interval=torch.zeros_like(tensors["timesteps"]),
+        label_dropout=torch.zeros_like(tensors["labels"], dtype=torch.bool),
+        more={NEGATIVES: tensors["negatives"]} if "negatives" in tensors else {},
+    )
+    stored = {
+        word: tensors[name].unflatten(1, (rows, -1))
+        for word, name in zip(words, encoders, strict=True)
+    }
+    forward = objective.predict(
+        student, None, tensors["x0"], tensors["labels"], draw, stored=stored
+    )
+    losses = objective.losses(forward)
+    losses.total.backward()
+    results = {
+        "out.velocity": student.grid.unpatchify(forward.output.velocity),
+        "out.denoising_loss": losses.terms["denoising"],
+        "out.total": losses.total[None],
+    }
+    if "contrastive" in losses.terms:  # ours is minus their error
+        results["out.contrastive_loss"] = -losses.terms["contrastive"]
+    else:  # theirs is the negative similarity, without the 1 of a distance
+        results["out.alignment_loss"] = losses.terms["alignment"][None] - 1
+        results["out.total"] = results["out.total"] - meta["weight"]
+        alignment = config.terms["alignment"]
+        target = normalised(alignment.spatial_norm, forward.targets[alignment.target])
+        widths = [tensors[name].shape[2] for name in encoders] or [student.hidden_size]
+        for index, part in enumerate(target.split(widths, dim=2)):
+            results[f"out.normalised.{index}"] = results["out.target_features"] = part
+        for index, name in enumerate(alignment.head_names(config)):
+            results[f"out.projected.{index}"] = forward.output.projected[name]
+        if alignment.projector == "none":
+            results["out.student_features"] = forward.output.features[meta["student_block"]]
+    gradients = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+    if turned:
+        gradients = turn_around(gradients, student.t_embedder.frequencies)
+    return results | {f"grad.{name}": gradient for name, gradient in gradients.items()}
 
 
 def check_sampler(meta: dict[str, Any], tensors: Tensors) -> Results:
@@ -207,7 +309,9 @@ def check_checkpoint(meta: dict[str, Any], tensors: Tensors) -> Results:
 def check(file: Path) -> Iterator[tuple[str, float]]:
     """Every recorded tensor of a file with its maximum absolute error (infinite where absent)."""
     meta, tensors = read(file)
-    if "kind" in meta:
+    if meta.get("kind") == "term":
+        results = check_term(meta, tensors)
+    elif "kind" in meta:
         results = check_sampler(meta, tensors)
     elif "x0" in tensors:
         results = check_objective(meta, tensors)

@@ -2,15 +2,18 @@
 
 import pytest
 import torch
-from support import AnalyticModel, small_model
+from support import AnalyticModel, randomize, resolved, small_model
 
 from selfalign import TokenGroups, UserError, make_generator
 from selfalign.flow import PATHS
+from selfalign.network import EARLY_VELOCITY
+from selfalign.sampling.generate import check_sampling
 from selfalign.sampling.guidance import GuidedModel
-from selfalign.sampling.settings import Guidance
+from selfalign.sampling.settings import Guidance, SamplingConfig
 from selfalign.sampling.solvers.euler import Euler
 from selfalign.sampling.solvers.heun import Heun
 from selfalign.sampling.solvers.sde import EulerMaruyama
+from selfalign.tokens import one_group
 
 NULL = 5
 LABELS = torch.tensor([0, 3, 4])
@@ -171,3 +174,52 @@ class TestTokenGroups:
             null = model.velocity(x, t, NULLS, groups)
             label = model.velocity(x, t, LABELS, groups)
             assert torch.allclose(guided.at(0, 0.5)(x, 0.5), null + 3 * (label - null))
+
+
+class TestInternalGuidance:
+    def model(self):
+        model = small_model(head_after=None)
+        config = resolved("sit", {"objective.terms": ("early-velocity",)})
+        term = config.terms["early-velocity"]
+        for name, (_, head) in term.heads(config, model).items():
+            model.add_head(name, head.double(), 2)
+        randomize(model.get_submodule(EARLY_VELOCITY), 3)
+        return model
+
+    @pytest.mark.parametrize("scale", [1.0, 1.4, 3.0])
+    def test_extrapolates_from_the_early_velocity(self, scale):
+        model, x = self.model(), noise_of().double()
+        t = torch.tensor([0.3, 0.5, 0.7], dtype=torch.float64)
+        with torch.no_grad():
+            groups = one_group(24)
+            output = model(
+                model.grid.patchify(x), t[:, None], LABELS, groups, heads=(EARLY_VELOCITY,)
+            )
+            early = output.projected[EARLY_VELOCITY]
+            expected = model.grid.unpatchify(early + scale * (output.velocity - early))
+            found = model.velocity(x, t, LABELS, internal_guidance=scale)
+        torch.testing.assert_close(found, expected)
+
+    def test_applies_within_its_interval_with_a_label_and_without(self):
+        model = AnalyticModel(lambda x, t, labels: labels.to(x).expand_as(x))
+        asked = []
+        plain = model.velocity
+
+        def velocity(xt, timesteps, labels, groups=None, internal_guidance=1.0):
+            asked.append((round(timesteps[0].item(), 2), len(xt), internal_guidance))
+            return plain(xt, timesteps, labels, groups)
+
+        model.velocity = velocity
+        guided = GuidedModel(
+            model, LABELS, NULLS, Guidance(2.0, (0.5, 1.0)), internal=Guidance(1.4, (0.25, 0.75))
+        )
+        solved(guided, noise_of(), 4)
+        assert asked == [(1.0, 6, 1.0), (0.75, 6, 1.4), (0.5, 6, 1.4), (0.25, 3, 1.4)]
+
+    def test_needs_a_second_velocity(self):
+        sampling = SamplingConfig(internal_guidance_scale=1.4)
+        with pytest.raises(UserError, match="trained without the term early-velocity"):
+            check_sampling(small_model(), sampling, 0.1, None)
+        check_sampling(self.model(), sampling, 0.1, None)
+        with pytest.raises(UserError, match=r"internal guidance scale is 0\.5"):
+            SamplingConfig(internal_guidance_scale=0.5)

@@ -12,6 +12,7 @@ from selfalign.parts import register
 if TYPE_CHECKING:
     from selfalign.backbones.sit.model import SiT
     from selfalign.config import ResolvedConfig
+    from selfalign.network import Tap
     from selfalign.sections import ModelConfig
 
 
@@ -27,6 +28,14 @@ class SiTConfig(BackboneConfig):
     def depth(self, model: ModelConfig) -> int:
         """Number of blocks of the named size."""
         return parse_size(model.size)[0].depth
+
+    def attention_heads(self, model: ModelConfig) -> int:
+        """Those of the named size."""
+        return parse_size(model.size)[0].heads
+
+    def attention_tap(self, block: int) -> Tap:
+        """After the norms of queries and keys, where there are such."""
+        return f"blocks.{block - 1}.attn.normed"
 
     def build(self, config: ResolvedConfig) -> SiT:
         """The model."""

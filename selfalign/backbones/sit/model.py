@@ -47,11 +47,12 @@ class Attention(nn.Module):
         head_size = hidden_size // heads
         self.q_norm = nn.LayerNorm(head_size) if qk_norm else None
         self.k_norm = nn.LayerNorm(head_size) if qk_norm else None
+        self.normed = nn.Identity()  # names the place of what attends, for taps
         self.proj = Linear(hidden_size, hidden_size)
 
     def forward(self, x: Float[Tensor, "B N D"], groups: TokenGroups) -> Float[Tensor, "B N D"]:
         """Attend among all tokens, or within each group where `groups` separates them."""
-        qkv = self._normalised(self.qkv(x))
+        qkv = self.normed(self._normalised(self.qkv(x)))
         return self.proj(ops.attention(qkv, self.heads, groups.attention_parts(len(x))))
 
     def _normalised(self, qkv: Float[Tensor, "B N 3D"]) -> Float[Tensor, "B N 3D"]:
@@ -175,10 +176,14 @@ class SiT(Backbone):
             if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
         for name, parameter in self.named_parameters():
-            if name.endswith(".bias") or ".adaLN_modulation." in name or "final_layer." in name:
+            if name.endswith(".bias") or ".adaLN_modulation." in name or "final_layer" in name:
                 nn.init.zeros_(parameter)
             elif name.startswith(("t_embedder.", "y_embedder.")):
                 nn.init.normal_(parameter, std=0.02, generator=generator)
+
+    def velocity_head(self) -> nn.Module:
+        """A layer as the last one, for a block before it."""
+        return FinalLayer(self.hidden_size, self.final_layer.linear.out_features)
 
     def transform(
         self,

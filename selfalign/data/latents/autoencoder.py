@@ -1,8 +1,6 @@
 """The VAE between images and latents: any AutoencoderKL of diffusers, which is imported only here."""
 
-import hashlib
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from selfalign.disk import write_whole
 from selfalign.errors import UserError
-from selfalign.weights import read_safetensors
+from selfalign.weights import read_safetensors, weights_sha256
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -86,15 +84,6 @@ def encode_moments(
     """Mean and standard deviation of the posterior over (unscaled) latents, on the CPU."""
     posterior = autoencoder.encode(images.to(autoencoder.device).float() / 127.5 - 1).latent_dist
     return torch.cat([posterior.mean, posterior.std], dim=1).cpu()
-
-
-def weights_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Hash of named weights: of their names, shapes and values, whatever file holds them."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def stored_weights_sha256(folder: Path) -> str:

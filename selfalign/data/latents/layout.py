@@ -12,6 +12,8 @@ from selfalign.data.latents.sources import Source
 from selfalign.data.latents.store import Layout
 from selfalign.errors import UserError
 from selfalign.names import printable
+from selfalign.vision import Vision, encoder_sha256, probe
+from selfalign.weights import weights_sha256
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -49,7 +51,7 @@ def make_layout(
         scale = vae.NAMED_SCALE
         if autoencoder is not None:
             scale, shift = vae.scale_and_shift(autoencoder)
-            sha256 = vae.weights_sha256(autoencoder.state_dict().items())
+            sha256 = weights_sha256(autoencoder.state_dict().items())
     if source.moments:
         if config.vae == "none":
             raise UserError(
@@ -59,13 +61,17 @@ def make_layout(
         if config.flip:
             raise UserError("flip is True, but the source holds latents: allowed is False")
         read_moments(source, 0, shape)
+        if config.encoder:
+            raise UserError(
+                f"encoder is {config.encoder[0]!r}, but the source holds latents: encoders see images"
+            )
     dtype = "uint8" if config.vae == "none" else config.dtype
-    record_bytes = (1 + config.flip) * math.prod(shape) * np.dtype(dtype).itemsize
+    views = 1 + (config.flip and config.vae != "none")
     images = len(source.names)
     return Layout(
         kind="pixels" if config.vae == "none" else "moments",
         dtype=dtype,
-        shape=(1 + config.flip, *shape),
+        shape=(views, *shape),
         image_size=size,
         scale=scale,
         shift=shift,
@@ -75,11 +81,52 @@ def make_layout(
         source=printable(name),
         fingerprint=source.fingerprint,
         images=images,
-        shard_images=max(
-            1, min(SHARD_BYTES // record_bytes, max(SMALLEST_SHARD, -(-images // SHARDS)))
-        ),
+        shard_images=_shard_images(images, views * math.prod(shape) * np.dtype(dtype).itemsize),
         background=config.background,
     )
+
+
+def features_layout(
+    word: str, vision: Vision, source: Source, config: PrepareConfig, name: str, fingerprint: str
+) -> Layout:
+    """The layout of a set of features.
+
+    Args:
+        word: of the encoder.
+        vision: the encoder.
+        source: the images.
+        config: the settings; `dtype`, `flip` and those of the images count.
+        name: of the source, as it was given.
+        fingerprint: of the set of images.
+    """
+    shape = probe(vision, config.image_size)
+    views = 1 + config.flip
+    images = len(source.names)
+    return Layout(
+        kind="features",
+        dtype=config.dtype,
+        shape=(views, *shape),
+        image_size=config.image_size,
+        scale=1.0,
+        shift=0.0,
+        autoencoder="",
+        autoencoder_sha256="",
+        class_names=(),
+        source=printable(name),
+        fingerprint=fingerprint,
+        images=images,
+        shard_images=_shard_images(
+            images, views * math.prod(shape) * np.dtype(config.dtype).itemsize
+        ),
+        background=config.background,
+        encoder=word,
+        encoder_sha256=encoder_sha256(vision),
+    )
+
+
+def _shard_images(images: int, record_bytes: int) -> int:
+    """Images per shard: neither too few nor too many bytes."""
+    return max(1, min(SHARD_BYTES // record_bytes, max(SMALLEST_SHARD, -(-images // SHARDS))))
 
 
 def require_same(begun: Layout, wanted: Layout, where: object) -> None:

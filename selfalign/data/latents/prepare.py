@@ -1,5 +1,6 @@
 """From a source of images to a stored set: in parallel, shard by shard, and again after any kill."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from selfalign.data.latents import autoencoder as vae
-from selfalign.data.latents.layout import make_layout, require_same
+from selfalign.data.latents.layout import features_layout, make_layout, require_same
 from selfalign.data.latents.settings import PrepareConfig
 from selfalign.data.latents.sources import Source, open_source
+from selfalign.data.latents.sources.source import without
 from selfalign.data.latents.store import (
     AUTOENCODER,
     INDEX,
@@ -19,6 +21,7 @@ from selfalign.data.latents.store import (
     Manifest,
     Progress,
     Shard,
+    features_folder,
     file_sha256,
     read_manifest,
 )
@@ -37,6 +40,7 @@ from selfalign.disk import (
 )
 from selfalign.errors import UserError
 from selfalign.records import read_json, write_json
+from selfalign.vision import open_encoder
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -58,13 +62,16 @@ def prepare(
         source: where the images are; see `open_source`.
         out: folder for the result, new or empty, or with what an interrupted call left.
         config: how they are prepared.
-        progress: called with images done and images in all.
+        progress: called with images done and images in all, those of every encoder counted anew.
 
     Raises:
-        UserError: the source, the autoencoder or the disk do not allow it, or `out` holds another
-            set. What is finished stays, and the same call continues; where nothing is, nothing stays.
+        UserError: the source, the autoencoder, an encoder or the disk do not allow it, or `out` holds
+            another set. What is finished stays, and the same call continues; where nothing is, nothing
+            stays.
     """
     opened = open_source(source, config)
+    for word in config.encoder:
+        open_encoder(word, config.image_size)
     autoencoder = None if config.vae == "none" else _load(config, opened)
     layout = make_layout(source, opened, config, autoencoder)
     if real_path(out).is_relative_to(real_path(Path(source))):
@@ -74,15 +81,100 @@ def prepare(
     with _writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
         with locked(out, "is being prepared by another process"), _nothing_half_begun(out, existed):
-            if (out / MANIFEST).exists():
-                manifest = read_manifest(out)
-                require_same(manifest.layout, layout, out / MANIFEST)
-                _clean(out)
-                progress(layout.images, layout.images)
-                return manifest
-            _begin(out, layout, autoencoder)
-            shards = write_shards(out, opened, config, layout, progress)
-            return _finish(out, opened, layout, shards)
+            phases = _phases(progress, layout.images, 1 + len(config.encoder))
+            manifest = _images(out, opened, config, layout, autoencoder, next(phases))
+            for word in config.encoder:
+                _features(out, source, opened, config, manifest, word, next(phases))
+            return manifest
+
+
+def _images(
+    out: Path,
+    source: Source,
+    config: PrepareConfig,
+    layout: Layout,
+    autoencoder: "AutoencoderKL | None",
+    progress: Progress,
+) -> Manifest:
+    """The set itself, which may be finished already."""
+    if (out / MANIFEST).exists():
+        manifest = read_manifest(out)
+        require_same(manifest.layout, layout, out / MANIFEST)
+        _clean(out)
+        progress(layout.images, layout.images)
+        return manifest
+    _begin(out, layout, autoencoder)
+    return _finish(out, source, layout, write_shards(out, source, config, layout, progress))
+
+
+def _features(
+    out: Path,
+    name: str,
+    source: Source,
+    config: PrepareConfig,
+    manifest: Manifest,
+    word: str,
+    progress: Progress,
+) -> Manifest:
+    """What an encoder makes of those images that the set holds."""
+    skipped = [index for shard in manifest.shards for index in shard.skipped]
+    kept = without(source, skipped)
+    config = dataclasses.replace(config, skip_unreadable=False)  # all of these have been read
+    return write_features(
+        features_folder(out, word), kept, config, word, name, manifest.fingerprint, progress
+    )
+
+
+def write_features(
+    folder: Path,
+    source: Source,
+    config: PrepareConfig,
+    word: str,
+    name: str,
+    fingerprint: str,
+    progress: Progress = lambda done, total: None,
+) -> Manifest:
+    """Store what an encoder makes of images, or finish what was begun.
+
+    Args:
+        folder: where to.
+        source: the images.
+        config: side, background and dtype, mirrored copies, processes.
+        word: of the encoder.
+        name: of the source, in messages.
+        fingerprint: of the set of images that the features belong to.
+        progress: called with images done and images in all.
+
+    Raises:
+        UserError: an image cannot be read, the disk does not take it, or `folder` holds features of other
+            images or by another encoder.
+    """
+    layout = features_layout(
+        word, open_encoder(word, config.image_size), source, config, name, fingerprint
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / MANIFEST).exists():
+        manifest = read_manifest(folder)
+        require_same(manifest.layout, layout, folder / MANIFEST)
+        _clean(folder)
+        progress(layout.images, layout.images)
+        return manifest
+    _begin(folder, layout, None)
+    shards = write_shards(folder, source, config, layout, progress)
+    manifest = Manifest(layout, tuple(shards), "", (), {}, "xxh3_64")
+    write_json(folder / MANIFEST, manifest)
+    _clean(folder)
+    return manifest
+
+
+def _phases(progress: Progress, images: int, count: int) -> Iterator[Progress]:
+    """A progress for each of several passes over the images, which are shown as one."""
+    for phase in range(count):
+
+        def show(done: int, total: int, before: int = phase * images) -> None:
+            progress(before + done, count * images)
+
+        yield show
 
 
 def _load(config: PrepareConfig, source: Source) -> "AutoencoderKL | None":

@@ -1,7 +1,6 @@
 """A stored set as training reads it."""
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,6 +45,7 @@ class Records:
     def __init__(self, root: Path, manifest: Manifest) -> None:
         self.root, self.layout = root, manifest.layout
         self.shards = manifest.shards
+        self.fingerprint = manifest.fingerprint
         self.has_checksums = manifest.has_checksums
         self.ends = np.cumsum([shard.records for shard in manifest.shards])
         self._files: dict[int, BinaryIO] = {}
@@ -167,6 +167,67 @@ class StoredSplit:
         return latents.mul_(layout.scale).add_(layout.shift), labels
 
 
+@dataclass(frozen=True)
+class StoredFeatures:
+    """What an encoder made of the images of a split, as a `Features`.
+
+    Attributes:
+        records: of the features.
+        positions: of the split's images among them.
+        flip: whether half of the images are mirrored, by their seeds, as the split has it.
+    """
+
+    records: Records
+    positions: np.ndarray
+    flip: bool = False
+
+    @property
+    def encoder_sha256(self) -> str:
+        """See `Features.encoder_sha256`."""
+        return self.records.layout.encoder_sha256
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """See `Features.shape`."""
+        return self.records.layout.shape[1:]
+
+    def read(self, indices: Sequence[int], seeds: Sequence[int] | None = None) -> Tensor:
+        """See `Features.read`."""
+        mirrored = [self.flip and seed & 1 for seed in seeds or [0] * len(indices)]
+        return self.records.read(self.positions[np.asarray(indices)], mirrored)
+
+
+def open_features(folder: Path, positions: np.ndarray, flip: bool, of: str) -> StoredFeatures:
+    """Features that are stored in a folder.
+
+    Args:
+        folder: of the features.
+        positions: which of its records are the split's images.
+        flip: whether images are mirrored in training.
+        of: fingerprint of the set of images.
+
+    Raises:
+        UserError: they are missing, unfinished or damaged, of other images, or without mirrored copies.
+    """
+    manifest = read_manifest(folder)
+    layout = manifest.layout
+    if layout.kind != "features":
+        raise UserError(f"{folder} holds {layout.kind}: features were expected")
+    if layout.fingerprint != of:
+        raise UserError(
+            f"the features in {folder} were made of other images (fingerprint {layout.fingerprint} instead "
+            f"of {of}): remove that folder and run `selfalign prepare` again with --encoder {layout.encoder}"
+        )
+    for file, problem in check_sizes(folder, layout, manifest.shards, True).items():
+        raise UserError(f"{folder / file} {problem}")
+    if flip and layout.shape[0] == 1:
+        raise UserError(
+            f"data.flip is True, but the features in {folder} were made without mirrored copies: allowed is "
+            "False, or make them again with --flip"
+        )
+    return StoredFeatures(Records(folder, manifest), positions, flip)
+
+
 def open_latents(config: DataConfig) -> DataSource:
     """Open the stored set in `config.root`.
 
@@ -204,13 +265,12 @@ def open_latents(config: DataConfig) -> DataSource:
     left_out = dict(manifest.left_out)
     if manifest.skipped:
         left_out["unreadable"] = left_out.get("unreadable", 0) + len(manifest.skipped)
-    checksums = "".join((manifest.index_sha256, *(shard.sha256 for shard in manifest.shards)))
     source = DataSource(
         train,
         heldout,
         *shape,
         layout.class_names,
-        hashlib.sha256(checksums.encode()).hexdigest()[:16],
+        manifest.fingerprint,
         left_out=left_out,
     )
     if layout.kind == "pixels":

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from selfalign.encoders import parse_word
 from selfalign.sections import MAX_PROCESSES, MAX_SIDE, check_colour
 from selfalign.settings import Settings
 
@@ -28,6 +29,9 @@ class PrepareConfig(Settings):
     """Which column of a table has the classes, where there are several."""
     skip_unreadable: bool = False
     """Leave unreadable images out and list them in the manifest, instead of stopping."""
+    encoder: tuple[str, ...] = ()
+    """Also store the features that these networks make of the images, each as
+    PART[:MODEL][#MODULE][@SIDE][+class]: repa:dinov2-vit-b, timm:NAME, efficientnet-lite0."""
     processes: int = 1
     """Processes that decode and encode; GPUs are shared out among them."""
 
@@ -36,8 +40,13 @@ class PrepareConfig(Settings):
         self.require_number("image_size", 1, MAX_SIDE, f"a number from 1 to {MAX_SIDE:,}")
         self.require_number("processes", 1, MAX_PROCESSES, f"a number from 1 to {MAX_PROCESSES:,}")
         self.require(
-            not self.flip or self.vae != "none",
+            not self.flip or self.vae != "none" or bool(self.encoder),
             "flip",
             "allowed with vae none is False, as pixels are mirrored when they are read",
         )
+        self.require(
+            len(set(self.encoder)) == len(self.encoder), "encoder", "one stands there twice"
+        )
+        for word in self.encoder:
+            parse_word(word)
         check_colour("background", self.background)

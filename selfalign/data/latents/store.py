@@ -7,10 +7,12 @@ A stored set is a folder:
     shard-00000.bin …    records in C order, without a header
     shard-00000.xxh3 …   (records, views) uint64, little-endian: XXH3 of each view of each record
     autoencoder/         a copy of the VAE, so that the set can be decoded anywhere
+    features/WORD/       what an encoder makes of the images: a set of its own without an index, whose
+                         manifest names the encoder and the fingerprint of the images
 
 A record is one image: `views` × channels × height × width numbers. Of latents the channels are the
-posterior's means, then its standard deviations; a second view is the mirrored image. Sets that version
-0.1.0 wrote have no checksums of records.
+posterior's means, then its standard deviations; of features it is rows × columns × features. A second view
+is the mirrored image. Sets that version 0.1.0 wrote have no checksums of records.
 """
 
 import hashlib
@@ -22,6 +24,7 @@ from typing import Annotated, Literal
 import msgspec
 import numpy as np
 
+from selfalign.encoders import parse_word
 from selfalign.errors import UserError
 from selfalign.records import read_json
 
@@ -29,6 +32,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
 AUTOENCODER = "autoencoder"
+FEATURES = "features"
 CHECKSUM_BYTES = 8
 LARGEST_CLASSES = 10**6
 
@@ -42,14 +46,14 @@ Sha256 = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$")]
 class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a set holds and how it was made, known before the first image is encoded."""
 
-    kind: Literal["moments", "pixels"]
-    """`moments` of a VAE's posterior, or `pixels`."""
+    kind: Literal["moments", "pixels", "features"]
+    """`moments` of a VAE's posterior, `pixels`, or an encoder's `features`."""
     image_size: Side
     """Side of the images, in pixels."""
     dtype: Literal["uint8", "float16", "float32"]
     """numpy's name of the stored numbers."""
     shape: tuple[Annotated[int, msgspec.Meta(ge=1, le=2)], Side, Side, Side]
-    """One record: views, channels, height, width."""
+    """One record: views, channels, height, width; of features views, rows, columns, features."""
     scale: float
     """The model sees latents · scale + shift."""
     shift: float
@@ -61,21 +65,28 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     source: str
     """What the set was made from, as it was given."""
     fingerprint: str
-    """Changes when the source does."""
+    """Changes when the source does; of features it is that of the set of images."""
     images: Count
     """Images of the source."""
     shard_images: Annotated[int, msgspec.Meta(ge=1, le=10**12)]
     """Images of the source per shard."""
     background: str | None = None
     """Behind what is transparent; None in sets of version 0.1.0, which dropped it."""
+    encoder: str = ""
+    """Word of the encoder (`selfalign.encoders`); of features."""
+    encoder_sha256: Sha256 = ""
+    """Hash of the encoder; of features."""
 
     def __post_init__(self) -> None:
         views, channels, height, width = self.shape
         if self.kind == "pixels":
             fits = (self.dtype, views, channels) == ("uint8", 1, 3)
+        elif self.kind == "features":
+            fits = self.dtype != "uint8" and bool(self.encoder) and bool(self.encoder_sha256)
         else:
             fits = self.dtype != "uint8" and channels % 2 == 0
-        if not fits or self.record_bytes > 2**32 or not (height == width <= self.image_size):
+        square = self.kind == "features" or height == width <= self.image_size
+        if not fits or self.record_bytes > 2**32 or not square:
             raise ValueError(f"{self.kind} of {self.dtype} cannot have the shape {self.shape}")
         if not math.isfinite(self.scale) or not self.scale or not math.isfinite(self.shift):
             raise ValueError(
@@ -127,6 +138,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Images in the set."""
         return sum(shard.records for shard in self.shards)
 
+    @property
+    def fingerprint(self) -> str:
+        """Of what is stored: changes when a number does."""
+        sums = "".join((self.index_sha256, *(shard.sha256 for shard in self.shards)))
+        return hashlib.sha256(sums.encode()).hexdigest()[:16]
+
 
 class _Format(msgspec.Struct):
     format: int
@@ -148,6 +165,11 @@ def read_manifest(root: Path) -> Manifest:
     if written != FORMAT:
         raise UserError(f"{path} has format {written}: this version reads format {FORMAT}")
     return read_json(path, Manifest)
+
+
+def features_folder(root: Path, word: str) -> Path:
+    """Where a set has the features that an encoder makes of its images."""
+    return root / FEATURES / parse_word(word).folder
 
 
 def file_sha256(path: Path) -> str:

@@ -9,7 +9,9 @@ import xxhash
 from selfalign.data.latents.autoencoder import stored_weights_sha256
 from selfalign.data.latents.store import (
     AUTOENCODER,
+    FEATURES,
     INDEX,
+    MANIFEST,
     Progress,
     check_sizes,
     read_manifest,
@@ -19,7 +21,7 @@ from selfalign.names import printable
 
 
 def verify(root: Path, progress: Progress = lambda done, total: None) -> dict[str, str]:
-    """What is wrong with a stored set, by file; empty for an intact one.
+    """What is wrong with a stored set and the features beside it, by file; empty for intact ones.
 
     Each shard is read once, for its own checksum and those of its records.
 
@@ -30,10 +32,20 @@ def verify(root: Path, progress: Progress = lambda done, total: None) -> dict[st
     Raises:
         UserError: there is no readable manifest.
     """
+    problems: dict[str, str] = {}
+    for folder in (root, *sorted(path.parent for path in root.glob(f"{FEATURES}/*/{MANIFEST}"))):
+        place = "" if folder == root else f"{folder.relative_to(root)}/"
+        found = _verify(folder, progress)
+        problems |= {f"{place}{file}": problem for file, problem in found.items()}
+    return problems
+
+
+def _verify(root: Path, progress: Progress) -> dict[str, str]:
+    """What is wrong with the images of a set, or with the features that an encoder made of them."""
     manifest = read_manifest(root)
     layout, has_checksums = manifest.layout, manifest.has_checksums
     problems = check_sizes(root, layout, manifest.shards, has_checksums)
-    files = [(INDEX, manifest.index_sha256, "")]
+    files = [] if layout.kind == "features" else [(INDEX, manifest.index_sha256, "")]
     for shard in manifest.shards:
         intact = has_checksums and shard.checksums not in problems
         files.append((shard.file, shard.sha256, shard.checksums if intact else ""))

@@ -7,12 +7,13 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,10 +28,9 @@ from selfalign.data.latents.sources import Source
 from selfalign.data.latents.store import AUTOENCODER, Layout, Progress, Shard, check_sizes
 from selfalign.disk import write_whole
 from selfalign.errors import UserError
+from selfalign.parts import load_plugin, loaded_plugins
 from selfalign.records import read_json, write_json
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+from selfalign.vision import Vision, open_encoder
 
 ENCODE_BATCH = 16
 """Images encoded at once."""
@@ -52,6 +52,8 @@ class _Job:
     """Shared number of workers that have started."""
     stop: Any
     """Shared event: give up."""
+    plugins: tuple[Path, ...]
+    """Files that registered parts, encoders perhaps."""
 
     def images_of(self, shard: int) -> range:
         """Positions in the source."""
@@ -81,15 +83,24 @@ class _Worker:
     def __init__(self, job: _Job) -> None:
         self.job = job
         self.source: Source = job.sources.get()
-        self.autoencoder: AutoencoderKL | None = None
-        if job.layout.kind == "moments" and not self.source.moments:
-            with job.started.get_lock():
-                rank, job.started.value = job.started.value, job.started.value + 1
-            self.autoencoder = vae.load_autoencoder(str(job.root / AUTOENCODER))
-            devices = torch.accelerator.device_count()
-            device = torch.accelerator.current_accelerator()
-            if device is not None and devices:
-                self.autoencoder.to(f"{device.type}:{rank % devices}")
+        self.encode: Callable[[Tensor], Tensor] | None = None
+        """From images (B, 3, S, S), as bytes, to what is stored of them."""
+        if job.layout.kind == "features":
+            vision = open_encoder(job.layout.encoder, job.layout.image_size).to(self._device())
+            self.encode = partial(_features, vision)
+        elif job.layout.kind == "moments" and not self.source.moments:
+            autoencoder: Any = vae.load_autoencoder(str(job.root / AUTOENCODER))
+            self.encode = partial(vae.encode_moments, autoencoder.to(self._device()))
+
+    def _device(self) -> torch.device:
+        """This worker's share of the accelerators, or the CPU."""
+        with self.job.started.get_lock():
+            rank, self.job.started.value = self.job.started.value, self.job.started.value + 1
+        devices = torch.accelerator.device_count()
+        device = torch.accelerator.current_accelerator()
+        if device is None or not devices:
+            return torch.device("cpu")
+        return torch.device(f"{device.type}:{rank % devices}")
 
     def write(self, number: int) -> Shard:
         """Write one shard, its checksums and its record, each whole or not at all, in this order.
@@ -139,18 +150,18 @@ class _Worker:
         if not read:
             return np.empty((0, *layout.shape), layout.dtype)
         records = torch.stack(read)
-        if self.autoencoder is not None:
+        if self.encode is not None:
             views = [records, records.flip(-1)][: layout.shape[0]]
-            records = torch.cat([vae.encode_moments(self.autoencoder, view) for view in views])
+            records = torch.cat([self.encode(view) for view in views])
         by_view = records.unflatten(0, (-1, len(read))).transpose(0, 1).numpy()
         with np.errstate(over="ignore"):
             stored = by_view.astype(layout.dtype)
-        if layout.kind == "moments" and not np.isfinite(stored).all():
+        if layout.kind != "pixels" and not np.isfinite(stored).all():
             names = [self.source.names[index] for index in batch if index not in skipped]
             worst = names[int(np.isfinite(stored).all(axis=(1, 2, 3, 4)).argmin())]
             raise UserError(
-                f"the latents of {worst} are not finite in {layout.dtype}: use --dtype float32, or "
-                "another VAE"
+                f"the {'latents' if layout.kind == 'moments' else 'features'} of {worst} are not finite in "
+                f"{layout.dtype}: use --dtype float32, or another network"
             )
         return stored
 
@@ -164,6 +175,10 @@ class _Worker:
             layout.image_size,
             self.job.config.background,
         )
+
+
+def _features(vision: Vision, images: Tensor) -> Tensor:
+    return vision(images.to(vision.mean.device).float() / 255).float().cpu()
 
 
 def _follow(parent: BaseProcess) -> None:
@@ -182,6 +197,8 @@ def _start_worker(job: _Job) -> None:
         # When the first process is killed, nothing else would end this one.
         threading.Thread(target=_follow, args=(parent,), daemon=True).start()
         torch.set_num_threads(max(1, torch.get_num_threads() // job.config.processes))
+    for file in job.plugins:
+        load_plugin(str(file))
     _job, _worker = job, None
 
 
@@ -207,11 +224,13 @@ def write_shards(
     processes = min(config.processes, len(missing))
     context = multiprocessing.get_context("spawn")
     job: _Job
+    plugins = loaded_plugins()
     if processes > 1:
         counters = context.Value("q", 0), context.Value("q", 0)
-        job = _Job(root, context.Queue(), config, layout, *counters, context.Event())
+        job = _Job(root, context.Queue(), config, layout, *counters, context.Event(), plugins)
     else:
-        job = _Job(root, queue.SimpleQueue(), config, layout, _Count(), _Count(), threading.Event())
+        counts, stop = (_Count(), _Count()), threading.Event()
+        job = _Job(root, queue.SimpleQueue(), config, layout, *counts, stop, plugins)
     sources, done = job.sources, job.done
     done.value = sum(len(job.images_of(number)) for number in shards)
     progress(done.value, layout.images)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,28 @@ class Source:
     """Whether the images are stored as a VAE's moments already."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Files or rows that are no images of the source, by what they are."""
+
+
+def without(source: Source, left_out: Sequence[int]) -> Source:
+    """A source without the images at some positions."""
+    if not left_out:
+        return source
+    kept = np.setdiff1d(np.arange(len(source.names)), left_out)
+    return replace(
+        source,
+        names=[source.names[index] for index in kept],
+        labels=source.labels[kept],
+        load=_Chosen(source.load, tuple(kept.tolist())),
+    )
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    load: Callable[[int], Any]
+    positions: tuple[int, ...]
+
+    def __call__(self, index: int) -> Any:
+        return self.load(self.positions[index])
 
 
 def numbered_classes(labels: np.ndarray, where: object) -> tuple[str, ...]:

@@ -1,0 +1,56 @@
+"""Contrastive flow matching: away from the velocity of another sample (DeltaFM, 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from selfalign.parts import register
+from selfalign.terms import Term
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Generator, Tensor
+
+    from selfalign.config import RunConfig
+    from selfalign.objective import Pass
+
+NEGATIVES = "contrastive.negatives"
+"""Where a draw holds which sample each one is pushed away from."""
+
+
+@register("contrastive")
+@dataclass(frozen=True)
+class Contrastive(Term):
+    """Minus the squared error against the velocity target of another sample of the batch."""
+
+    weight: float = 0.05
+    """Weight lambda; DeltaFM's is 0.05."""
+
+    def check_in(self, config: Any) -> None:
+        """There must be another sample."""
+        training = config.training
+        images = training.batch_size // training.gradient_accumulation
+        if images < 2:
+            training.require(
+                False, "batch_size", f"terms.contrastive needs 2 images at once, and has {images}"
+            )
+
+    def draw(
+        self, config: RunConfig, shape: tuple[int, ...], generator: Generator
+    ) -> Mapping[str, Int[Tensor, B]]:
+        """For every sample, another one, each as likely."""
+        import torch
+
+        batch, device = shape[0], generator.device
+        others = torch.randint(max(1, batch - 1), (batch,), generator=generator, device=device)
+        return {NEGATIVES: (torch.arange(batch, device=device) + 1 + others) % batch}
+
+    def __call__(self, forward: Pass) -> Float[Tensor, B]:
+        """Place by place in image order: another sample's tokens have another order."""
+        from selfalign.flow import velocity_error
+
+        groups, negatives = forward.views.groups, forward.draw.more[NEGATIVES]
+        targets = groups.restore(forward.views.target)[negatives]
+        return -velocity_error(forward.output.velocity, groups.sort(targets))

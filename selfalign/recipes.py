@@ -85,6 +85,7 @@ COSTS: Mapping[str, float] = {
     "self-flow": 1.250,
     "sra-dts": 1.250,
     "sra-as": 1.232,
+    "sra-as-released": 1.232,
     "sra-dts-as": 1.232,
     "repa": 1.017,
     "irepa": 1.017,
@@ -192,11 +193,11 @@ RECIPES: dict[str, Recipe] = {
     "sra-as": Recipe(
         "sra with separated attention at one timestep, in student and teacher, and nothing else",
         {**_GROUPED_TEACHER, **_SEPARATED},
-        proof="sra_as",
     ),
     "sra-as-released": Recipe(
         "sra-as as released: the teacher sees each group at a timestep of its own, t - U(0, 0.2)",
         {**_GROUPED_TEACHER, **_SEPARATED, "targets.ema.lag": "group"},
+        proof="sra_as",
     ),
     "sra-dts-as": Recipe(
         "the paper's recipe: dual timesteps and separated attention, in student and teacher",

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from selfalign.benchmark.limit import seconds_of, synchronize
 from selfalign.config import ResolvedConfig
-from selfalign.data.stream import Batch
+from selfalign.data.batch import Batch
 from selfalign.network import Backbone
 from selfalign.student import build_student
 from selfalign.training.accelerator import make_accelerator

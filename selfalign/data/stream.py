@@ -11,35 +11,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
-from types import MappingProxyType
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from selfalign.data.batch import Batch
 from selfalign.data.source import Features, Split
 from selfalign.errors import UserError
 from selfalign.randomness import derive_seed, make_generator
-
-
-class Batch(NamedTuple):
-    """Training images with their labels, and what encoders made of them."""
-
-    images: Float[Tensor, "B C H W"]
-    labels: Int[Tensor, "B"]
-    features: Mapping[str, Float[Tensor, "B h w Z"]] = MappingProxyType({})
-    """By encoder, over its own token grid."""
-
-    def to(self, device: torch.device) -> "Batch":
-        """On a device, without waiting for it."""
-        images, labels, features = self
-        return Batch(
-            images.to(device, non_blocking=True),
-            labels.to(device, non_blocking=True),
-            {name: held.to(device, non_blocking=True) for name, held in features.items()},
-        )
 
 
 @functools.lru_cache(maxsize=2)

@@ -22,7 +22,7 @@ from selfalign.training.finite import FiniteSteps
 from selfalign.views import draw_views
 
 if TYPE_CHECKING:  # a step by itself needs no images and no files
-    from selfalign.data.stream import Batch
+    from selfalign.data.batch import Batch
 
 
 def make_optimizer(config: RunConfig, student: nn.Module) -> torch.optim.Optimizer:

@@ -8,6 +8,7 @@ orientation tags are applied. What does not say how bright its numbers are is re
 import errno
 import io
 import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,8 @@ GREY_MODES = frozenset(["1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;
 LONGEST_ASPECT = 16
 """Longer strips are cut to this before they are resized: 1×50,000 pixels would become gigabytes."""
 _ORIENTATION = 0x0112
+_PACKED = re.compile(r"'(?:L|RGB);(2|4|16)")
+"""How Pillow says of how many bits the numbers of a PNG are, where these are not 8."""
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -68,7 +71,11 @@ def open_image(file: Path | str | io.BytesIO) -> Image.Image:
     """
     if not isinstance(file, io.BytesIO) and not os.path.isfile(file):  # noqa: PTH113 - at every image
         raise ValueError("it is not a file")
-    return Image.open(file, formats=FORMATS)
+    image = Image.open(file, formats=FORMATS)
+    # Pillow would map some files: it reads turned TIFFs by the wrong width then, and the system kills a
+    # process whose mapped file shrinks.
+    image.filename = ""
+    return image
 
 
 def decode_image(
@@ -165,15 +172,19 @@ def _as_rgb(image: Image.Image, background: str) -> Image.Image:
     tags: Any = image.tag_v2 if image.format == "TIFF" else {}  # type: ignore[attr-defined]
     if set(tags.get(_SAMPLE_FORMAT, (1,))) - {1, 3}:
         raise ValueError("its numbers are signed, and do not say which is black: allowed is 8 bits")
-    two_bytes = ";16" in str(getattr(image, "tile", None))  # how its numbers are packed
+    packed = _PACKED.search(str(getattr(image, "tile", None)))
     image.load()
     image = _upright(image)
     transparent = image.info.get("transparency")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _as_grey(image, tags)
-    elif two_bytes and isinstance(transparent, tuple):
-        # Pillow keeps a colour's upper byte, and of the transparent colour both.
-        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    elif packed is not None and image.mode in ("L", "RGB"):
+        # Pillow brings pixels to a byte each, and leaves the transparent colour as it was.
+        bits = int(packed[1])
+        if isinstance(transparent, tuple):
+            image.info["transparency"] = tuple(value >> (bits - 8) for value in transparent)
+        elif isinstance(transparent, int):
+            image.info["transparency"] = transparent * 255 // (2**bits - 1)
     if image.has_transparency_data:
         rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         behind = Image.new("RGBA", rgba.size, (*parse_colour(background), 255))

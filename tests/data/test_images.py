@@ -135,18 +135,23 @@ def tiff(
     return head + data + struct.pack(f"{order}H", len(entries)) + b"".join(packed) + bytes(4)
 
 
-def png(pixels: np.ndarray, colour: int, transparent: bytes = b"") -> bytes:
-    """A PNG of 16 bits, 8×8."""
+def png(pixels: np.ndarray, colour: int, transparent: bytes = b"", bits: int = 16) -> bytes:
+    """A PNG of 8×8, of 16 bits or of less than 8."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         checksum = struct.pack(">I", zlib.crc32(name + content))
         return struct.pack(">I", len(content)) + name + content + checksum
 
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    def packed(row: np.ndarray) -> bytes:
+        if bits == 16:
+            return row.astype(">u2").tobytes()
+        return np.packbits(row[:, None] >> np.arange(bits - 1, -1, -1) & 1).tobytes()
+
+    rows = b"".join(b"\0" + packed(row) for row in pixels)
     return b"".join(
         [
             b"\x89PNG\r\n\x1a\n",
-            chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, colour, 0, 0, 0)),
+            chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, bits, colour, 0, 0, 0)),
             chunk(b"tRNS", transparent) if transparent else b"",
             chunk(b"IDAT", zlib.compress(rows)),
             chunk(b"IEND", b""),
@@ -211,8 +216,11 @@ SAME = {
 
 
 @pytest.mark.parametrize("kind", SAME)
-def test_the_same_picture_gives_the_same_pixels(kind: str):
-    assert np.array_equal(decoded(SAME[kind]), np.broadcast_to(GREY, (3, 8, 8)))
+def test_the_same_picture_gives_the_same_pixels(kind: str, tmp_path: Path):
+    expected = np.broadcast_to(GREY, (3, 8, 8))
+    assert np.array_equal(decoded(SAME[kind]), expected)
+    (tmp_path / "x").write_bytes(SAME[kind])  # by its content, not by its name
+    assert np.array_equal(read_image(tmp_path / "x", None).numpy(), expected)
 
 
 REFUSED = {
@@ -246,6 +254,18 @@ def test_what_does_not_say_how_bright_it_is_is_refused_by_name(kind: str):
 def test_a_transparent_colour_shows_the_background(content: bytes):
     expected = np.where(GREY[0, 0] == GREY, [[[255]], [[0]], [[0]]], GREY)
     assert np.array_equal(decoded(content, background="red"), expected)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("transparent", [0, 1])
+def test_few_bits_are_spread_over_a_byte_and_so_is_their_transparent_colour(
+    bits: int, transparent: int
+):
+    few = GREY >> (8 - bits)
+    spread = few * (255 // (2**bits - 1))
+    assert np.array_equal(decoded(png(few, 0, bits=bits)), np.broadcast_to(spread, (3, 8, 8)))
+    found = decoded(png(few, 0, struct.pack(">H", transparent), bits), background="red")
+    assert np.array_equal(found, np.where(few == transparent, [[[255]], [[0]], [[0]]], spread))
 
 
 def test_half_transparent_pixels_are_mixed_before_they_are_resized():
@@ -283,6 +303,21 @@ def test_the_cameras_orientation_is_applied(kind: str, orientation: int):
     found = decoded(file.getvalue())
     assert found.shape == (3, 6, 10)
     assert abs(found.transpose(1, 2, 0).astype(int) - upright).max() < 60
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "I;16", "F"])
+def test_turned_tiffs_are_the_same_from_files(tmp_path: Path, mode: str, orientation: int):
+    """Pillow 13 maps such files, and takes their height for their width."""
+    grey = np.random.default_rng(0).integers(0, 256, (6, 10), dtype=np.uint8)
+    image = {
+        "F": Image.fromarray((grey / 255).astype("<f4")),
+        "I;16": Image.fromarray(grey.astype(np.uint16) * 257),
+    }.get(mode) or Image.fromarray(grey).convert("RGB").convert(mode)
+    image.save(tmp_path / "x.tif", tiffinfo={0x0112: orientation})
+    from_memory = decoded((tmp_path / "x.tif").read_bytes())
+    assert from_memory.shape[1:] == ((6, 10) if orientation < 5 else (10, 6))
+    assert np.array_equal(read_image(tmp_path / "x.tif", None).numpy(), from_memory)
 
 
 def test_damaged_tags_do_not_make_an_image_unreadable():

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import math
 import os
 import shutil
 import tarfile
@@ -119,6 +120,34 @@ def test_damaged_or_compressed_tar(tmp_path: Path, content: bytes):
     (tmp_path / "x.tar").write_bytes(content)
     with pytest.raises(UserError, match=r"x\.tar"):
         open_source(str(tmp_path / "x.tar"))
+
+
+@pytest.mark.parametrize("cut", ["between members", "in a header", "a damaged header"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_tar_that_loses_images_says_so(tmp_path: Path, cut: str, nested: bool):
+    """tarfile takes all of these for the end."""
+    members = [(f"{i}.png", png(i)) for i in range(4)]
+    path = write_tar(tmp_path / "x.tar", members)
+    with tarfile.open(path) as tar:
+        third = tar.getmembers()[2].offset
+    content = path.read_bytes()
+    path.write_bytes(
+        {
+            "between members": content[:third],
+            "in a header": content[: third + 100],
+            "a damaged header": content[:third] + b"\xff" * 512 + content[third + 512 :],
+        }[cut]
+    )
+    if nested:
+        write_tar(tmp_path / "outer.tar", [("x.tar", path.read_bytes()), ("y.png", png(9))])
+        path = tmp_path / "outer.tar"
+    with pytest.raises(
+        UserError, match="x is damaged or cut off after 2 members.*--skip-unreadable"
+    ):
+        open_source(str(path))
+    rest = open_source(str(path), PrepareConfig(skip_unreadable=True))
+    assert len(rest.names) == 2 + nested
+    assert rest.left_out == {"archives that are damaged or cut off": 1}
 
 
 def rows(library):
@@ -245,6 +274,27 @@ def test_of_several_images_one_is_chosen_by_its_key(tmp_path: Path):
         assert_holds(chosen, seeds, [0, 0, 0], ("0",))
     with pytest.raises(UserError, match="no image ends so; allowed are jpg, png"):
         open_source(str(path), PrepareConfig(image_key="webp"))
+
+
+@pytest.mark.parametrize("beside", ["cls", "json", "txt", None])
+def test_words_that_tell_images_of_a_sample_apart_are_asked_about(
+    tmp_path: Path, beside: str | None
+):
+    members = [m for n in range(3) for m in sample(n, "image.png", "mask.png", label=None)]
+    if beside is not None:
+        members += [(f"{n:03}.{beside}", b"1") for n in range(3)]
+    path = write_tar(tmp_path / "x.tar", members)
+    with pytest.raises(UserError, match=r"several images \(image.png, mask.png\): .*--image-key"):
+        open_source(str(path))
+    chosen = open_source(str(path), PrepareConfig(image_key="image.png"))
+    with_classes = beside == "cls"
+    assert_holds(chosen, [0, 10, 20], [with_classes] * 3, ("0", "1") if with_classes else ())
+
+
+def test_classes_without_an_image_are_counted(tmp_path: Path):
+    members = [m for n in range(3) for m in sample(n, "png")] + [("999.cls", b"0")]
+    source = open_source(str(write_tar(tmp_path / "x.tar", members)))
+    assert source.left_out == {".cls without an image": 1}
 
 
 def test_dots_in_names_of_plain_tars_say_nothing(tmp_path: Path):
@@ -423,6 +473,17 @@ def test_rows_without_an_image_or_a_class(tmp_path: Path, cache: None):
         open_source(path)
     left = open_source(path, PrepareConfig(skip_unreadable=True))
     assert_holds(left, [0, 2, 0], [0, 0, 1], ("0", "1"))
+
+
+def test_whole_numbers_that_pandas_made_fractions(tmp_path: Path, cache: None):
+    """It does so with whole numbers of which some are missing."""
+    columns = {"image": IMAGES, "label": [1.0, math.nan, 0.0], "width": [9, 9, 9]}
+    path = table(tmp_path / "x.parquet", columns)
+    with pytest.raises(UserError, match="row 1 of .* has no class"):
+        open_source(path)
+    source = open_source(path, PrepareConfig(skip_unreadable=True))
+    assert_holds(source, [0, 2], [1, 0], ("0", "1"))
+    assert source.left_out == {"rows without a class": 1, "columns (width)": 1}
 
 
 def test_columns_are_chosen_by_name(tmp_path: Path, cache: None):

@@ -1,6 +1,7 @@
 """Parquet and Arrow, by the Hugging Face library: a column of images, and perhaps one of classes."""
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,14 @@ from selfalign.data.latents.settings import PrepareConfig
 from selfalign.data.latents.sources.source import Source, fingerprint_sample, numbered_classes
 from selfalign.errors import UserError
 from selfalign.names import printable
+from selfalign.weights import listed
 
 if TYPE_CHECKING:
     import datasets
 
 TABLE_SUFFIXES = frozenset([".parquet", ".arrow"])
+SHOWN = 5
+"""How many columns a line lists at most."""
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "target")
 """Columns that are taken for classes where none says that it is."""
 
@@ -126,8 +130,11 @@ def _open(
             f"column {column!r} of {where} holds no images: {printable(str(error))}"
         ) from error
     numbers = np.flatnonzero(present)
-    labels, class_names = _classes(library, rows, config.label_key, where)
+    key = _label_column(library, rows.features, config.label_key, where)
+    labels, class_names = (None, ()) if key is None else _classes(library, rows, key, where)
     left_out = {"rows without an image": int((~present).sum())}
+    if others := [printable(name) for name in rows.features if name not in (column, key)]:
+        left_out[f"columns ({listed(others, SHOWN)})"] = len(others)
     if labels is not None:
         known = labels[numbers] >= 0
         if not known.all() and not config.skip_unreadable:
@@ -192,29 +199,37 @@ def _looks_like_images(feature: Any) -> bool:
     return getattr(feature, "dtype", None) in ("binary", "large_binary")
 
 
-def _classes(
-    library: Any, rows: Any, label_key: str | None, where: str
-) -> tuple[np.ndarray | None, tuple[str, ...]]:
-    """A class for each row, -1 for none, and the names; None without classes."""
-    features = rows.features
-    columns = [key for key, feature in features.items() if isinstance(feature, library.ClassLabel)]
+def _whole(value: Any) -> Any:
+    """A label that pandas made a fraction, as it does with whole numbers beside missing ones."""
+    if not isinstance(value, float):
+        return value
+    return None if math.isnan(value) else int(value) if value.is_integer() else value
+
+
+def _label_column(library: Any, features: Any, label_key: str | None, where: str) -> str | None:
+    """The column of classes: the one that says so, or else one of a usual name; None without classes."""
     if label_key is not None:
         if label_key not in features:
             raise UserError(
                 f"label_key is {label_key!r}: {where} has the columns {', '.join(features)}"
             )
-        columns = [label_key]
+        return label_key
+    columns = [key for key, feature in features.items() if isinstance(feature, library.ClassLabel)]
     columns = columns or [key for key in LABEL_COLUMNS if key in features]
-    if not columns:
-        return None, ()
     if len(columns) > 1:
         raise UserError(
             f"{where} has several columns of classes: {', '.join(columns)}; choose one by --label-key"
         )
-    key = columns[0]
+    return columns[0] if columns else None
+
+
+def _classes(library: Any, rows: Any, key: str, where: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """A class for each row, -1 for none, and the names."""
+    features = rows.features
     values = rows.with_format(None)[key][:]
     if isinstance(features[key], library.ClassLabel):
         values = [None if value == -1 else value for value in values]
+    values = [_whole(value) for value in values]
     kinds = {type(value) for value in values} - {type(None)}
     if kinds == {str}:
         names = sorted(set(values) - {None})

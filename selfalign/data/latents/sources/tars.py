@@ -81,9 +81,11 @@ def open_tars(archives: Sequence[Path], config: PrepareConfig) -> Source:
         UserError: an archive cannot be read, or which images or classes are meant is not clear.
     """
     left_out: Counter[str] = Counter()
-    members = [member for archive in archives for member in _members(archive, left_out)]
+    skip = config.skip_unreadable
+    members = [member for archive in archives for member in _members(archive, left_out, skip)]
     numbers: dict[tuple[str, ...], _Member] = {}
     images = []
+    beside: set[tuple[str, ...]] = set()
     for member in members:
         suffix = PurePosixPath(member.name).suffix.lower()
         if member.ending == "cls":
@@ -92,15 +94,19 @@ def open_tars(archives: Sequence[Path], config: PrepareConfig) -> Source:
             numbers[member.key] = member
         elif suffix not in IMAGE_SUFFIXES:
             left_out[suffix or "without a suffix"] += 1
+            beside.add(member.key)
         elif member.size and suffix not in UNREADABLE_SUFFIXES:
             images.append(member)
-        elif config.skip_unreadable:
+        elif skip:
             left_out["unreadable"] += 1
         else:
             why = f"of a format that is not read ({suffix})" if member.size else "empty"
             raise UserError(f"{printable(member.path)} is not a readable image: it is {why}")
-    images = _one_per_sample(images, config.image_key, bool(numbers), left_out)
+    is_webdataset = bool(numbers) or any(image.key in beside for image in images)
+    images = _one_per_sample(images, config.image_key, is_webdataset, left_out)
     if numbers:
+        if alone := len(numbers.keys() - {image.key for image in images}):
+            left_out[".cls without an image"] += alone
         labels = np.array([_class_number(m, numbers.get(m.key)) for m in images])
         class_names = numbered_classes(labels, archives[0])
         labels = labels.astype(np.int32)
@@ -133,12 +139,16 @@ def _one_per_sample(
     )
     if image_key is None:
         plain = [ending for ending in shared if "." not in ending]
-        if not shared or (not plain and not is_webdataset):
+        alike = len(samples) > 1 and all(
+            len(endings) == len(shared) for endings in samples.values()
+        )
+        counted = any(ending.partition(".")[0].isdigit() for ending in shared)
+        if not shared or not (plain or is_webdataset or (alike and not counted)):
             return images  # dots in names say nothing
         if len(plain) != 1:
             raise UserError(
                 f"samples hold several images ({', '.join(map(printable, shared[:8]))}): choose one by "
-                "--image-key"
+                "--image-key, or unpack the archive if all are meant"
             )
         image_key = plain[0]
         # Beside samples of several images there may be some of one, whatever it ends in.
@@ -179,10 +189,10 @@ def _classes_by_folder(images: Sequence[_Member]) -> tuple[np.ndarray, tuple[str
     return labels, tuple(map(printable, class_names)) if len(class_names) > 1 else ()
 
 
-def _members(archive: Path, left_out: Counter[str]) -> Iterator[_Member]:
+def _members(archive: Path, left_out: Counter[str], skip: bool) -> Iterator[_Member]:
     try:
         with tarfile.open(archive, "r:") as tar:
-            yield from _walk(archive, tar, (archive.stem,), 0, left_out)
+            yield from _walk(archive, tar, (archive.stem,), 0, left_out, skip)
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         raise UserError(
             f"{printable(str(archive))} cannot be read as an uncompressed tar file: {error}; unpack "
@@ -196,6 +206,7 @@ def _walk(
     folders: tuple[str, ...],
     start: int,
     left_out: Counter[str],
+    skip: bool,
 ) -> Iterator[_Member]:
     if len(folders) > 4096 or start < 0:
         raise tarfile.ReadError("its folders are nested too deep")
@@ -215,6 +226,24 @@ def _walk(
                 raise tarfile.ReadError(f"archives are nested more than {DEEPEST} deep")
             with tarfile.open(fileobj=tar.extractfile(info), mode="r:") as inner:
                 within = (*inside, path.stem)
-                yield from _walk(archive, inner, within, start + info.offset_data, left_out)
+                yield from _walk(archive, inner, within, start + info.offset_data, left_out, skip)
         else:
             yield _Member(archive, inside, path.name, start + info.offset_data, info.size)
+    if not _has_end(tar):
+        if not skip:
+            raise tarfile.ReadError(
+                f"{'/'.join(folders)} is damaged or cut off after {len(tar.getmembers()):,} members, which "
+                "alone are taken with --skip-unreadable"
+            )
+        left_out["archives that are damaged or cut off"] += 1
+
+
+def _has_end(tar: tarfile.TarFile) -> bool:
+    """Whether an archive that has been read ends in a block of zeros.
+
+    tarfile also stops, and says nothing, where the file is cut between members or a header is damaged.
+    """
+    file = tar.fileobj
+    assert file is not None
+    file.seek(tar.offset)
+    return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)

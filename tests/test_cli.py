@@ -88,4 +88,4 @@ def test_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None
 def test_training_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = "--data.name digits --model.size tiny --training.steps 1 --training.batch-size 2"
     assert main(["train", "sit", "--out", str(tmp_path / "run"), *tiny.split()]) == 0
-    assert "images to train on" in capsys.readouterr().out
+    assert " to train on, " in capsys.readouterr().out

@@ -23,7 +23,9 @@ _LEFT_BY_SYSTEMS = frozenset(
 )
 """Folders in which desktops and file servers keep thumbnails and what was deleted, in lower case."""
 _SPLIT_NAME = re.compile(
-    r"(train(ing)?|val(id(ation)?)?|test(ing)?)[\W_]*(set|images?|data)?[\W_\d]*", re.IGNORECASE
+    r"(train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval(uation)?|holdout)"
+    r"[\W_]*(set|images?|data)?[\W_\d]*",
+    re.IGNORECASE,
 )
 _SPLIT_WORD = re.compile(r"(?<![a-z])(train|training|val|valid|validation|test|testing)(?![a-z])")
 _KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
@@ -162,6 +164,11 @@ def list_classes(root: Path, skip: bool) -> tuple[Listing, list[int], tuple[str,
         UserError: the folder is missing, a class is empty, images lie beside class subfolders, or the
             subfolders are the splits of a data set.
     """
+    if root.is_file():
+        raise UserError(
+            f"data.root is {str(root)!r}, a file: allowed is a folder of images; `selfalign prepare` reads "
+            "tar, Parquet and Arrow files"
+        )
     if not root.is_dir():
         raise UserError(f"data.root is {str(root)!r}: there is no such folder")
     above = set(_identities(root))

@@ -29,7 +29,7 @@ class Summary:
 
     def lines(self) -> list[str]:
         """Images, classes with the smallest and the largest, which have none, and what was left out."""
-        said = f"{sum(self.training):,} images to train on, {sum(self.heldout):,} held out"
+        said = f"images: {sum(self.training):,} to train on, {sum(self.heldout):,} held out"
         counts = [a + b for a, b in zip(self.training, self.heldout, strict=True)]
         if len(self.class_names) > 1:
             low, high = (edge(counts) for edge in (min, max))

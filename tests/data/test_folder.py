@@ -534,6 +534,6 @@ def test_the_summary_says_what_was_found(tmp_path):
     (tmp_path / "cat" / "notes.txt").write_text("")
     (tmp_path / "cat" / ".hidden.png").write_text("")
     assert open_folder(tmp_path).summary.lines() == [
-        "10 images to train on, 1 held out, 2 classes of 3 ('cat') to 8 ('dog')",
+        "images: 10 to train on, 1 held out, 2 classes of 3 ('cat') to 8 ('dog')",
         "left out: 1 .txt, 1 hidden or of the system",
     ]

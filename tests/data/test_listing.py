@@ -163,7 +163,12 @@ def test_postscript_is_not_read_under_another_name(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "names",
-    [("train", "val"), ("train", "test"), ("Training", "validation"), ("train2017", "val2017")],
+    [
+        ("train", "val"),
+        ("train", "test"),
+        ("Training", "validation"),
+        ("train2017", "val2017"),
+    ],
 )
 def test_splits_are_no_classes(tmp_path: Path, names: tuple[str, ...]):
     for name in names:
@@ -171,6 +176,13 @@ def test_splits_are_no_classes(tmp_path: Path, names: tuple[str, ...]):
     for said in refusals(tmp_path):
         assert "splits of" in said and "name one of them" in said
     assert counts(tmp_path / names[0]) == (8, 8)
+
+
+def test_other_names_of_splits_are_no_classes_of_a_data_set(tmp_path: Path):
+    for name in ("dev", "Holdout", "evaluation"):
+        fill(tmp_path / name)
+    with pytest.raises(UserError, match=r"splits of .*\(Holdout, dev, evaluation\): name one"):
+        open_data(DataConfig(name="folder", root=str(tmp_path), image_size=8))
 
 
 def test_a_class_may_be_called_like_a_split(tmp_path: Path):

@@ -6,7 +6,7 @@ from selfalign.data.summary import Summary
 def test_a_set_without_classes_has_none_without_images() -> None:
     found = Summary((12,), (2,), (), {})
     assert found.untrained == ()
-    assert found.lines() == ["12 images to train on, 2 held out, no classes"]
+    assert found.lines() == ["images: 12 to train on, 2 held out, no classes"]
 
 
 def test_classes_without_training_images_are_named() -> None:

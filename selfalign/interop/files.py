@@ -5,7 +5,7 @@ import pathlib
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,14 @@ CONTAINERS = ("ema", "model", "state_dict")
 """Where the projects' training scripts put weights in a .pt file, the best first."""
 PREFIXES = ("module.", "_orig_mod.", "model.", "ema_model.")
 """What wrappers (DDP, torch.compile, Lightning) put before every name."""
+_COUNTERS = frozenset(["n_averaged", "initted", "step"])
+"""What wrappers that average weights (torch's AveragedModel, ema-pytorch) keep beside them."""
+
+
+def _empty_array(*_: object) -> np.ndarray:
+    """In place of numpy's own beginning of an array, which takes any class and any size."""
+    return np.empty(0, np.uint8)
+
 
 # What training scripts keep beside weights and may be made from a pickle: calling these does no more
 # than hold values. Paths become pure ones, which cannot touch the disk.
@@ -31,8 +39,11 @@ HARMLESS: list[Any] = [
     *((pathlib.PurePosixPath, f"pathlib._local.{name}") for name in ("PosixPath", "PurePosixPath")),
     (_SCALAR, "numpy.core.multiarray.scalar"),
     (_SCALAR, "numpy._core.multiarray.scalar"),
+    (_empty_array, "numpy.core.multiarray._reconstruct"),
+    (_empty_array, "numpy._core.multiarray._reconstruct"),
+    np.ndarray,
     np.dtype,
-    *(type(np.dtype(kind)) for kind in "?bhilqBHILQefd"),
+    *(type(np.dtype(kind)) for kind in "?bhilqBHILQefdgFDSU"),
 ]
 
 
@@ -40,7 +51,7 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     """The tensors of a .safetensors or .pt file by name, the averaged (`ema`) ones if it has them.
 
     Prefixes that all names share are taken off. Nothing in the file can run code: pickles are read with
-    `weights_only`.
+    `weights_only`. That an average is there and has no weights is warned of, where others are taken.
 
     Raises:
         UserError: no such file, a damaged one, or one without weights.
@@ -56,14 +67,31 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
             f"in {', '.join(CONTAINERS)}"
         )
     _check(path, tensors)
+    average = CONTAINERS[0]
+    if isinstance(content, Mapping) and average in content and not _find(content[average]):
+        warnings.warn(
+            f"checkpoint {str(path)!r}: {average} holds no weights by name; those of the trained model are "
+            "taken, which are not averaged",
+            stacklevel=2,
+        )
     return without_prefixes(tensors)
 
 
 def without_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights without what wrappers have put before every name."""
-    while prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in weights)), ""):
-        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    """The weights without what wrappers have put before every name, and beside them."""
+    wrapped = {name: value for name, value in weights.items() if name not in _COUNTERS}
+    if averaged := {
+        name: value for name, value in wrapped.items() if name.startswith("ema_model.")
+    }:
+        wrapped = averaged  # beside the weights that are trained
+    while prefix := _shared_prefix(wrapped):
+        weights = wrapped = {name.removeprefix(prefix): v for name, v in wrapped.items()}
     return dict(weights)
+
+
+def _shared_prefix(names: Collection[str]) -> str:
+    """What a wrapper has put before all of the names; empty if none has."""
+    return next((p for p in PREFIXES if names and all(n.startswith(p) for n in names)), "")
 
 
 def _unpickle(path: Path) -> object:
@@ -83,7 +111,7 @@ def _unpickle(path: Path) -> object:
     except UserError:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
-        held = re.search(r"GLOBAL ([\w.]+)", str(error))
+        held = re.search(r"(?:GLOBAL |got <class ')([\w.]+)", str(error))
         which = f" ({held[1]})" if held else ""
         remedy = (
             "; if you trust it, load it with torch.load(…, weights_only=False) and save its weights "

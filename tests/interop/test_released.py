@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import datetime
 import pickle
+import random
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -383,9 +384,41 @@ def test_an_empty_average_falls_back(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     for empty in ({}, None, {"decay": 0.999}, []):
         torch.save({"ema": empty, "model": plain_weights()}, path)
-        assert read_weights(path).keys() == plain_weights().keys()
+        with pytest.warns(UserWarning, match="not averaged"):
+            assert read_weights(path).keys() == plain_weights().keys()
     torch.save({"model": {"state_dict": plain_weights()}}, path)
     assert read_weights(path).keys() == plain_weights().keys()
+
+
+@pytest.mark.parametrize("inner", ["", "module.", "_orig_mod."])
+def test_averages_of_wrappers(tmp_path: Path, inner: str) -> None:
+    """torch's AveragedModel and ema-pytorch keep counters beside them, and that the trained weights too."""
+    weights, path = plain_weights(), tmp_path / "weights.pt"
+    trained = {f"online_model.{inner}{name}": value + 1 for name, value in weights.items()}
+    averaged = {
+        "torch": {f"module.{inner}{name}": value for name, value in weights.items()}
+        | {"n_averaged": torch.tensor(5)},
+        "ema-pytorch": {f"ema_model.{inner}{name}": value for name, value in weights.items()}
+        | {"initted": torch.tensor(True), "step": torch.tensor(9), **trained},
+    }
+    for named in averaged.values():
+        torch.save({"model": trained, "ema": named}, path)
+        found = read_weights(path)
+        assert found.keys() == weights.keys()
+        assert all(torch.equal(value, weights[name]) for name, value in found.items())
+    torch.save({"ema": {"step": torch.tensor(1)}}, path)
+    assert list(read_weights(path)) == ["step"]
+
+
+def test_an_average_without_names_is_warned_of(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(
+        {"ema": {"shadow_params": list(plain_weights().values())}, "model": plain_weights()}, path
+    )
+    with pytest.warns(
+        UserWarning, match="ema holds no weights by name; those of the trained model"
+    ):
+        assert read_weights(path).keys() == plain_weights().keys()
 
 
 def test_the_example_of_the_docs_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,7 +439,15 @@ def test_the_example_of_the_docs_samples(tmp_path: Path, monkeypatch: pytest.Mon
 def test_what_scripts_keep_beside_weights_is_read(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     arguments = argparse.Namespace(results=Path("out") / "run", seed=np.int64(3), lr=np.float32(1))
-    beside = {"args": arguments, "best": np.float64(1.5), "done": np.bool_(True), "betas": (0.9, 1)}
+    beside = {
+        "args": arguments,
+        "best": np.float64(1.5),
+        "done": np.bool_(True),
+        "name": np.str_("run"),
+        "betas": (0.9, 1),
+        "seen": np.arange(6).reshape(2, 3),
+        "rng": (np.random.get_state(), random.getstate(), torch.get_rng_state()),
+    }
     for zipped in (True, False):
         torch.save({"ema": plain_weights(), **beside}, path, _use_new_zipfile_serialization=zipped)
         assert read_weights(path).keys() == plain_weights().keys()
@@ -414,9 +455,14 @@ def test_what_scripts_keep_beside_weights_is_read(tmp_path: Path) -> None:
 
 def test_a_refusal_names_the_class_and_the_remedy(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
-    torch.save({"ema": plain_weights(), "when": datetime.timedelta(1)}, path)
-    with pytest.raises(UserError, match=r"\(datetime.timedelta\); if you trust it, .*save_file"):
-        read_weights(path)
+    for value, name in (
+        (datetime.timedelta(1), "datetime.timedelta"),
+        (np.datetime64("2020-01-01"), "DateTime64DType"),
+        (np.array([{}], dtype=object), "ObjectDType"),
+    ):
+        torch.save({"ema": plain_weights(), "when": value}, path)
+        with pytest.raises(UserError, match=rf"\([\w.]*{name}\); if you trust it, .*save_file"):
+            read_weights(path)
 
 
 def test_tensors_that_are_no_weights_are_refused(tmp_path: Path) -> None:

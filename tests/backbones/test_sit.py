@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import randomize, resolved, small_model
 
-from selfalign import TokenGroups, build_student, make_generator
+from selfalign import SiT, TokenGroups, build_student, make_generator
 from selfalign.tokens import patchify
 
 
@@ -483,3 +483,16 @@ def test_randomised_weights_make_every_parameter_matter():
     (velocity.square().mean() + projected["ap_head"].square().mean()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_the_keyword_of_version_0_1_0():
+    def make(**settings):
+        torch.manual_seed(0)
+        sizes = {"patch_size": 2, "hidden_size": 8, "depth": 2, "heads": 2}
+        return SiT(channels=1, image_size=(4, 4), num_classes=3, **sizes, **settings)
+
+    without, with_head = make(projection_head=False), make(projection_head=True)
+    assert without.state_dict().keys() == make().state_dict().keys()
+    assert with_head.head_taps == {"ap_head": 2}
+    added = with_head.state_dict().keys() - without.state_dict().keys()
+    assert added == {f"ap_head.linear{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")}

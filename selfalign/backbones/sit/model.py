@@ -12,6 +12,7 @@ from selfalign import ops
 from selfalign.conditions import Condition
 from selfalign.conditions.label import Label
 from selfalign.embedders import TimestepEmbedder, position_embedding
+from selfalign.heads import ProjectionHead
 from selfalign.network import Backbone, Hidden, Tap
 from selfalign.ops.modules import Linear
 from selfalign.tokens import TokenGrid, TokenGroups
@@ -130,6 +131,8 @@ class SiT(Backbone):
         gradient_checkpointing: recompute blocks in the backward pass.
         out_channels: channels per patch position of the output; released models with learned sigma
             have 2·C, of which the first C are the velocity.
+        projection_head: of version 0.1.0, and deprecated: a head `ap_head` on the last block. Now terms of
+            the objective add the heads that they need (`add_head`).
     """
 
     pos_embed: Tensor
@@ -148,6 +151,7 @@ class SiT(Backbone):
         qk_norm: bool = False,
         gradient_checkpointing: bool = False,
         out_channels: int | None = None,
+        projection_head: bool = False,
     ) -> None:
         condition = Label() if condition is None else condition
         super().__init__(TokenGrid(image_size, patch_size), channels, condition, num_classes)
@@ -160,6 +164,8 @@ class SiT(Backbone):
         self.blocks = nn.ModuleList(SiTBlock(hidden_size, heads, qk_norm) for _ in range(depth))
         patch_values = self.grid.patch_positions * (out_channels or channels)
         self.final_layer = FinalLayer(hidden_size, patch_values)
+        if projection_head:
+            self.add_head("ap_head", ProjectionHead(hidden_size), tap=depth)
         self.initialize_weights()
 
     def initialize_weights(self, generator: torch.Generator | None = None) -> None:

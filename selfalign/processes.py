@@ -16,6 +16,8 @@ from selfalign.errors import AgreedError, UserError
 
 T = TypeVar("T")
 _OTHER_WAYS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
+_OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that a launcher of several processes sets, all of them."""
 
 
 def open_accelerator(
@@ -33,7 +35,7 @@ def open_accelerator(
 
     Raises:
         UserError: the environment asks for another way of sharing the work, or a device that is not
-            there.
+            there, or holds a part of what a launcher sets.
         ValueError: the device lacks the precision.
     """
     for way in _OTHER_WAYS:
@@ -42,6 +44,13 @@ def open_accelerator(
                 f"ACCELERATE_USE_{way} is set: processes share a batch, each with the whole model; "
                 "launch with --multi_gpu, or with torchrun"
             )
+    one = "LOCAL_RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1"
+    if not one and (missing := [name for name in _OF_LAUNCHERS if name not in os.environ]):
+        found = [name for name in _OF_LAUNCHERS if name in os.environ]
+        raise UserError(
+            f"{', '.join(found)} set without {', '.join(missing)}: launchers of several processes set all of "
+            "them (torchrun, accelerate launch); unset them for one process"
+        )
     if "WORLD_SIZE" in os.environ and not torch.accelerator.is_available():
         # Without this, accelerate takes each of torchrun's processes on CPUs for the only one.
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
@@ -50,14 +59,21 @@ def open_accelerator(
     # accelerate keeps the precision of a process's first accelerator; every run has its own.
     AcceleratorState._reset_state()
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=mixed_precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             dynamo_plugin=TorchDynamoPlugin(backend="no"),
             **settings,
         )
-    except RuntimeError as error:
-        raise UserError(f"the device cannot be used: {error}") from error
+        torch.ones(1, device=accelerator.device).item()
+    except (
+        AssertionError,
+        RuntimeError,
+    ) as error:  # a name without a device, or without numbers (meta)
+        device = os.environ.get("ACCELERATE_TORCH_DEVICE", "")
+        which = f"ACCELERATE_TORCH_DEVICE is {device!r}, and " if device else ""
+        raise UserError(f"{which}the device cannot be used: {error}") from error
+    return accelerator
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from selfalign.config import OLDER_NAMES
 from selfalign.errors import UserError
 from selfalign.parts import require_named_plugins
 from selfalign.recipes import recipe
@@ -28,6 +29,10 @@ class Variant:
 
     def __post_init__(self) -> None:
         require_named_plugins(self.settings.get("plugins", ()))
+        names = [OLDER_NAMES.get(name, name) for name in self.settings]
+        for given, name in zip(self.settings, names, strict=True):
+            if names.count(name) > 1 or any(other.startswith(f"{name}.") for other in names):
+                raise UserError(f"{given} is given twice, by two names")
         recipe(self.recipe, self.settings)  # raises on what is unknown or contradicts itself
 
 

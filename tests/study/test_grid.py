@@ -149,6 +149,14 @@ def _effect(contrasts: str, more: str = "") -> str:
         (_effect("[[a, b]]", ', claim: "\\ud800"'), "holds the characters"),
         (ONE + "variants: {}", "'variants' stands twice"),
         ("variants:\n  a: {recipe: sit}\n  a: {recipe: sra}", "'a' stands twice .*line 2"),
+        (
+            "variants: {a: {recipe: sra, settings: {alignment.weight: 1, terms.alignment.weight: 2}}}",
+            "a.yaml, variant 'a': alignment.weight is given twice",
+        ),
+        (
+            "variants: {a: {recipe: sit, settings: {training.steps: 1, training: {seed: 2}}}}",
+            "a.yaml, variant 'a': training is given twice",
+        ),
         ("variants: {a: {recipe: !!python/name:os.system }}", "tags are not allowed"),
         ("variants: {? [a] : {recipe: sit}}", "a key is no word"),
     ],

@@ -248,6 +248,15 @@ def test_other_ways_of_sharing_are_refused(
         start_run(small_config, tmp_path / "run", quiet)
 
 
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK"])
+def test_a_part_of_what_launchers_set_is_named(
+    tmp_path: Path, small_config: RunConfig, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(UserError, match=f"{name} set without RANK, .*; unset them for one process"):
+        start_run(small_config, tmp_path / "run", quiet)
+
+
 def test_bf16_trains_close_to_float32(tmp_path: Path) -> None:
     config = recipe("sra-dts-as", {**SMALL, "training.log_every": 1})
     start_run(config, tmp_path / "fp32", quiet)

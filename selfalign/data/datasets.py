@@ -34,7 +34,7 @@ def open_data(config: DataConfig, recorded: Recorded | None = None) -> DataSourc
         if recorded is None:
             source = chosen.open(config)
         else:
-            whole = recorded.fingerprint.removesuffix(_share(config))
+            whole = whole_fingerprint(recorded.fingerprint, config)
             source = chosen.reopen(config, replace(recorded, fingerprint=whole))
     except OSError as error:  # of the path as a whole: files are named where they are read
         raise UserError(f"data.root is {config.root!r}: {error.strerror or error}") from error
@@ -42,6 +42,11 @@ def open_data(config: DataConfig, recorded: Recorded | None = None) -> DataSourc
         part = "training" if not len(source.train) else "held-out"
         raise UserError(f"data set {config.name} in {config.root} holds no {part} images")
     return source if config.train_fraction == 1 else _train_on_fraction(source, config)
+
+
+def whole_fingerprint(fingerprint: str, config: DataConfig) -> str:
+    """The fingerprint of a data set, of which the configured share of training images is used."""
+    return fingerprint.removesuffix(_share(config))
 
 
 def _share(config: DataConfig) -> str:

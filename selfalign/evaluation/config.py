@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from selfalign.errors import UserError
 from selfalign.evaluation.estimate import GROUPS
 from selfalign.evaluation.metrics import metrics
-from selfalign.sections import MAX_BATCH, MAX_SAMPLES
+from selfalign.sections import MAX_BATCH, MAX_SAMPLES, check_colour
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, and how much of how much."""
@@ -33,6 +33,11 @@ class EvaluationData:
     """Folder that holds its files."""
     image_size: int | None = None
     """Side of the square that a folder's images are cropped and resized to."""
+    background: str | None = None
+    """Colour behind images where they are transparent, those of folders that are compared too; left out:
+    that of the run, or else white."""
+    skip_unreadable: bool = False
+    """Leave out a data set's images that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ class EvaluationConfig:
     data: EvaluationData = field(default_factory=EvaluationData)
 
     def __post_init__(self) -> None:
+        if self.data.background is not None:
+            check_colour("data.background", self.data.background)
         for name, most in (
             ("num", MAX_SAMPLES),
             ("batch_size", MAX_BATCH),

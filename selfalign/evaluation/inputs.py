@@ -12,7 +12,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from selfalign.arrays import Array, Npz
-from selfalign.data.images import is_grey, read_image
+from selfalign.data.images import is_grey, parse_colour, read_image
 from selfalign.data.listing import list_files, require_one_split
 from selfalign.data.source import DataSource
 from selfalign.errors import UserError
@@ -170,7 +170,7 @@ def _open_folder(folder: Path, background: str) -> ImageSet:
         raise UserError(f"{folder} holds no images")
     require_one_split((file.name for file in listing.files), folder)
     digest = hashlib.sha256()
-    grey = True
+    grey = len(set(parse_colour(background))) == 1
     for file in listing.files:
         digest.update(encode_name(f"{file.name}\0{hash_file(Path(file.path))}\n"))
         grey = grey and is_grey(Path(file.path))

@@ -87,6 +87,8 @@ def notes(evidence: Evidence, found: Finding) -> list[str]:
     """What to know before comparing the numbers."""
     network, reference, count = evidence.setup.network, evidence.reference, len(evidence.samples)
     said = [*network.notes, *reference.notes]
+    if evidence.setup.changed:
+        said.append(f"{evidence.setup.changed}; what is there was compared")
     features = evidence.features.get("features")
     dimensions = 0 if features is None else features.shape[1]
     frechet = any(name.startswith(("fid", "sfid", "fd_")) for name in found.estimates)

@@ -99,7 +99,7 @@ class Reference:
         return None if self.images is None else len(self.images)
 
 
-def open_reference(path: Path) -> ReferenceSource:
+def open_reference(path: Path, background: str = "white") -> ReferenceSource:
     """A reference from a file or folder: images, statistics, or both, as ADM's files have them.
 
     Statistics that a file holds are used as they are, and its images for everything else.
@@ -107,6 +107,7 @@ def open_reference(path: Path) -> ReferenceSource:
     Args:
         path: the .npz file, or a folder of images. A name that is not there is looked for among the
             references in the cache folder.
+        background: colour behind a folder's images where they are transparent.
 
     Raises:
         UserError: missing, unreadable, or its statistics are not those of any features.
@@ -126,7 +127,7 @@ def open_reference(path: Path) -> ReferenceSource:
             "as the samples.npz that `selfalign sample` makes of it"
         )
     if not path.is_file():
-        images = open_images(path)
+        images = open_images(path, background)
         return ReferenceSource(images.name, images.fingerprint, images)
     arrays = Npz(path)
     if not arrays.keys() & {"arr_0", "mu", "mu_s"}:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,16 +13,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selfalign import parts
-from selfalign.data.datasets import open_data
+from selfalign.data.datasets import open_data, whole_fingerprint
 from selfalign.data.latents.autoencoder import Decoder
 from selfalign.data.source import DataSource
 from selfalign.errors import UserError
-from selfalign.evaluation.config import EvaluationConfig, Progress
+from selfalign.evaluation.config import EvaluationConfig, EvaluationData, Progress
 from selfalign.evaluation.features import FeatureNetwork, extract, feature_network
 from selfalign.evaluation.generation import PlannedSamples, plan_samples
 from selfalign.evaluation.inputs import ImageSet, open_images, open_split
 from selfalign.evaluation.reference import ReferenceSource, open_reference
 from selfalign.processes import main_process_first, together
+from selfalign.runs.data import check_data
+from selfalign.runs.folder import recorded_data
 from selfalign.runs.load import LoadedRun, load_run
 from selfalign.sampling.settings import SamplingConfig
 from selfalign.sections import DataConfig
@@ -38,6 +41,8 @@ class Setup:
     data: DataConfig | None
     source: DataSource | None
     """The opened data set: a classifier is trained on it, a run's denoising loss measured."""
+    changed: str
+    """What has become of the data of a run since it was started; empty if nothing has."""
     reference: ReferenceSource
     samples: ImageSet | PlannedSamples
     """The set of samples, or what a run is to be sampled to."""
@@ -84,13 +89,27 @@ def open_setup(
             f"{subject} does not exist: allowed are a run, a .npz or a folder of images"
         )
     data = _data_config(config, run)
-    source = None if data is None else _open_data(data, accelerator)
+    source, changed = None, ""
+    if data is not None and run is not None and _given(config.data).keys() <= {"root"}:
+        source, changed = _open_data_of(run, data, accelerator)
+    elif data is not None:
+        source = _open_data(data, accelerator)
     reference = _open_reference(config, data, source, accelerator)
     with together(accelerator):
         samples = _open_samples(subject, config, sampling, run)
     network = _open_network(config, data, source, accelerator)
     return Setup(
-        subject, config, run, data, source, reference, samples, network, accelerator, progress
+        subject,
+        config,
+        run,
+        data,
+        source,
+        changed,
+        reference,
+        samples,
+        network,
+        accelerator,
+        progress,
     )
 
 
@@ -101,7 +120,7 @@ def default_features(data: DataConfig | None) -> str:
 
 def _data_config(config: EvaluationConfig, run: LoadedRun | None) -> DataConfig | None:
     """The data set in play: given, or the run's, or the reference's."""
-    given = {k: v for k, v in dataclasses.asdict(config.data).items() if v is not None}
+    given = _given(config.data)
     if run is not None:  # all of its data set, whatever share of it the run was trained on
         return dataclasses.replace(run.config.data, **{"train_fraction": 1.0, **given})
     if "name" not in given and config.reference in parts.names("source"):
@@ -109,8 +128,28 @@ def _data_config(config: EvaluationConfig, run: LoadedRun | None) -> DataConfig 
     return DataConfig(**given) if "name" in given else None
 
 
+def _given(data: EvaluationData) -> dict[str, Any]:
+    """The settings that were not left out."""
+    return {k: v for k, v in dataclasses.asdict(data).items() if v is not None and v is not False}
+
+
 def _open_data(data: DataConfig, accelerator: Accelerator) -> DataSource:
     return main_process_first(accelerator, lambda: open_data(data))
+
+
+def _open_data_of(
+    run: LoadedRun, data: DataConfig, accelerator: Accelerator
+) -> tuple[DataSource, str]:
+    """A run's data set in the split of its training, and what has become of it since."""
+    if run.fingerprint is None:
+        return _open_data(data, accelerator), ""
+    whole = whole_fingerprint(run.fingerprint, run.config.data)
+    with together(accelerator):
+        recorded = recorded_data(run.folder, whole)
+    source = main_process_first(accelerator, lambda: open_data(data, recorded))
+    with together(accelerator):
+        remedy = "--data.name and --data.root compare the run with other data"
+        return source, check_data(run.folder, recorded, source, True, remedy)
 
 
 def _open_reference(
@@ -127,7 +166,7 @@ def _open_reference(
             "a folder"
         )
     if target not in parts.names("source"):
-        return open_reference(Path(target))
+        return open_reference(Path(target), config.data.background or "white")
     if source is None or data is None or data.name != target:
         wanted = dataclasses.replace(data or DataConfig(), name=target)
         source = _open_data(wanted, accelerator)
@@ -143,7 +182,7 @@ def _open_samples(
 ) -> ImageSet | PlannedSamples:
     if run is not None:
         return plan_samples(run, config, sampling)
-    images = open_images(subject)
+    images = open_images(subject, config.data.background or "white")
     return images.first(config.num or len(images))
 
 

@@ -74,10 +74,10 @@ def read_record(folder: Path) -> RunRecord:
     return RunRecord(config, file.data_fingerprint, file.class_names)
 
 
-def recorded_data(folder: Path, record: RunRecord) -> Recorded:
+def recorded_data(folder: Path, fingerprint: str) -> Recorded:
     """Of which data a run was made when it began; version 0.1.0 did not list the files."""
     path = folder / DATA
-    return Recorded(record.fingerprint, read_contents(path) if path.exists() else None)
+    return Recorded(fingerprint, read_contents(path) if path.exists() else None)
 
 
 def refuse_used(folder: Path) -> None:

@@ -97,6 +97,8 @@ def load_run(
     record = read_record(folder)
     config = record.config
     if data_root is not None:
+        if not Path(data_root).exists():
+            raise UserError(f"data.root is {data_root!r}: there is no such folder")
         config = override(config, {"data.root": data_root})
     resolved = resolve(config)
     file = weights_file(weights, config.training.ema_decays)

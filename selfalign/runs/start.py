@@ -8,11 +8,11 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from selfalign.config import ResolvedConfig, RunConfig, complete, override, resolve
-from selfalign.data.contents import ABSENT, Recorded, describe_changes
 from selfalign.data.datasets import open_data
 from selfalign.data.source import DataSource
 from selfalign.errors import UserError
 from selfalign.processes import main_process_first, together
+from selfalign.runs.data import check_data
 from selfalign.runs.folder import (
     CHECKPOINTS,
     empty,
@@ -46,9 +46,6 @@ from selfalign.training.tracking import read_metrics
 
 Found = Callable[[DataSource], None]
 """Told of the data once it is open, on the main process."""
-
-REPAIRED = 0.1
-"""Share of a run's images that may have another size without being asked about."""
 
 
 def start_run(
@@ -141,13 +138,13 @@ def resume_run(
                 )
         if checkpoint is not None and done == config.training.steps and is_monitored(checkpoint):
             return None
-        recorded = recorded_data(folder, record)
+        recorded = recorded_data(folder, record.fingerprint)
         source = main_process_first(accelerator, lambda: open_data(config.data, recorded))
         _tell(found, source, accelerator)
         with together(accelerator):
-            told = _check_data(folder, recorded, source, accept_changes)
+            told = check_data(folder, recorded, source, accept_changes, "start a new run")
             if told and accelerator.is_main_process:
-                warnings.warn(told, stacklevel=2)
+                warnings.warn(f"{told}; the run goes on with what is there", stacklevel=2)
             resolved = _resolve(config, source, accelerator)
         resolved = main_process_first(accelerator, lambda: complete(resolved, source))
         state = begin(resolved, source, folder, accelerator, checkpoint)
@@ -164,31 +161,6 @@ def _resolve(config: RunConfig, source: DataSource, accelerator: Accelerator) ->
     return resolve(
         config, source.channels, source.image_size, source.num_classes, accelerator.num_processes
     )
-
-
-def _check_data(folder: Path, recorded: Recorded, source: DataSource, accept: bool) -> str:
-    """What to say of data that has changed and can be gone on with; empty if it is the same.
-
-    Raises:
-        UserError: it cannot, or it has not been accepted.
-    """
-    if source.fingerprint == recorded.fingerprint:
-        return ""
-    then, now = recorded.contents, source.contents
-    changes = "" if then is None or now is None else describe_changes(then, now)
-    if then is None or now is None or not changes:
-        raise UserError(
-            f"the data of {folder} has changed since it was started (fingerprint "
-            f"{source.fingerprint} instead of {recorded.fingerprint}); start a new run"
-        )
-    changed = f"the data of {folder} has changed since it was started: {changes}"
-    differ = sum(a != b for a, b in zip(then.sizes, now.sizes, strict=True))
-    repaired = ABSENT not in now.sizes and differ <= REPAIRED * len(now.sizes)
-    if not repaired and not accept:
-        raise UserError(
-            f"{changed}; with --data.accept-changes the run goes on with what is there, in its order"
-        )
-    return f"{changed}; the run goes on with what is there"
 
 
 def _tell(found: Found | None, source: DataSource, accelerator: Accelerator) -> None:

@@ -16,6 +16,7 @@ from small_images import make_images, random_image
 
 from selfalign import RunConfig, UserError, override, recipe
 from selfalign.cli import main
+from selfalign.evaluation import classifier
 from selfalign.runs.folder import LOCK, read_record
 from selfalign.runs.load import load_run
 from selfalign.runs.start import resume_run, start_run
@@ -239,6 +240,38 @@ def test_data_that_moved(tmp_path: Path, small_config: RunConfig) -> None:
         UserError, match="the data of .* has changed.*and 19 more are of another size"
     ):
         resume_run(tmp_path / "run", 9, quiet, data_root=str(tmp_path / "other"))
+
+
+def test_evaluating_tells_what_became_of_the_data(
+    tmp_path: Path,
+    small_config: RunConfig,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(classifier, "STEPS", 3)
+    monkeypatch.setenv("SELFALIGN_CACHE", str(tmp_path / "cache"))
+    images = make_images(tmp_path / "images", 12)
+    data = {"data.name": "folder", "data.root": str(images), "data.image_size": 8}
+    start_run(override(small_config, data), tmp_path / "run", quiet)
+    images.rename(tmp_path / "moved")
+    evaluate = ["evaluate", str(tmp_path / "run"), "--num", "30", "--steps", "1", "--metrics"]
+    evaluate += ["denoising", "--features", "classifier", "--data.root"]
+    assert main([*evaluate, str(tmp_path / "moved")]) == 0
+    assert "changed" not in capsys.readouterr().out
+    (tmp_path / "moved" / "a" / "003.png").unlink()
+    random_image(1, 8, 8).save(tmp_path / "moved" / "b" / "new.png")  # was never trained on
+    assert main([*evaluate, str(tmp_path / "moved")]) == 0
+    assert "a/003.png is gone; what is there was compared" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    other = tmp_path / "other"
+    other.mkdir()
+    for number in range(24):
+        random_image(number, 8, 8).save(other / f"{number}.png")
+    assert main([*evaluate, str(other)]) == 2
+    assert "--data.name and --data.root compare the run with other" in capsys.readouterr().err
+    assert main([*evaluate, str(tmp_path / "nowhere")]) == 2
+    assert "nowhere': there is no such folder" in capsys.readouterr().err
 
 
 def test_images_that_were_repaired_or_are_gone(tmp_path: Path, small_config: RunConfig) -> None:

@@ -1,6 +1,7 @@
 """Files and folders that are there whole, or not at all, and where those that can be made again are kept."""
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -74,6 +75,11 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write a `.npz`, whole or not at all. Raises UserError as `write_whole` does."""
     needed = sum(array.nbytes for array in arrays.values())
     write_whole(path, lambda partial: np.savez(partial, allow_pickle=False, **arrays), needed)
+
+
+def is_full(error: UserError) -> bool:
+    """Whether it was for want of space that a file could not be written."""
+    return getattr(error.__cause__, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 
 
 def reason(error: Exception, folder: Path, needed: int | None = None) -> str:

@@ -1,6 +1,8 @@
 """Named tensors from files: read without running code, and checked before they reach a model."""
 
 import hashlib
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -50,6 +52,9 @@ def write_safetensors(path: Path, tensors: Weights, facts: dict[str, str] | None
         else:
             path.write_bytes(save(contiguous, facts))
     except SafetensorError as error:  # a full disk, for one
+        number = re.search(r"os error (\d+)", str(error))
+        if number is not None:
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
         raise OSError(str(error)) from error
 
 

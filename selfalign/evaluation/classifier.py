@@ -1,9 +1,9 @@
 """A small classifier, trained on a data set's training split in seconds: features where Inception's
 make no sense."""
 
-import contextlib
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from selfalign.data.source import DataSource, Split, SubsetSplit
-from selfalign.disk import cache_folder, write_whole
+from selfalign.disk import cache_folder, is_full, write_whole
 from selfalign.errors import UserError
 from selfalign.randomness import make_generator
 from selfalign.sampling.generate import to_uint8
@@ -135,9 +135,14 @@ def get_classifier(
         _train(classifier, split, seed)
         accuracy = _accuracy(classifier, source.heldout)
         facts = {"heldout_accuracy": repr(accuracy)}
-        # Where the cache cannot be written, it is trained again next time.
-        with contextlib.suppress(UserError):
+        try:
             write_whole(file, lambda path: write_safetensors(path, classifier.state_dict(), facts))
+        except UserError as error:
+            if is_full(error):
+                raise  # now, and not after what is long: samples and the report need space too
+            warnings.warn(
+                f"the classifier is not kept, and trained again next time: {error}", stacklevel=2
+            )
     return TrainedClassifier(classifier.eval().requires_grad_(False), accuracy)
 
 

@@ -352,6 +352,25 @@ def test_a_cache_that_cannot_be_written_is_no_end(
     monkeypatch.setenv("SELFALIGN_CACHE", "/proc/cache")
     monkeypatch.setattr(classifier, "STEPS", 3)
     words = ["evaluate", "samples.npz", "--reference", "digits", "--metrics", "fd"]
-    assert main(words) == 0
+    with pytest.warns(UserWarning, match="the classifier is not kept"):
+        assert main(words) == 0
     notes = json.loads((tmp_path / "samples-evaluation" / "evaluation.json").read_text())["notes"]
     assert any("the reference's statistics are not kept" in note for note in notes)
+
+
+def test_a_full_disk_ends_an_evaluation_before_the_long_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.chdir(tmp_path)
+    np.savez("samples.npz", arr_0=PIXELS)
+    monkeypatch.setenv("SELFALIGN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(classifier, "STEPS", 3)
+    monkeypatch.setattr(classifier, "write_safetensors", fail)
+    words = ["evaluate", "samples.npz", "--reference", "digits", "--metrics", "fd"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "cannot be written: No space left on device" in said and said.count("\n") == 1
+    assert not (tmp_path / "samples-evaluation").exists()

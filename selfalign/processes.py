@@ -66,10 +66,8 @@ def open_accelerator(
             **settings,
         )
         torch.ones(1, device=accelerator.device).item()
-    except (
-        AssertionError,
-        RuntimeError,
-    ) as error:  # a name without a device, or without numbers (meta)
+    except (AssertionError, RuntimeError) as error:
+        # Also of devices that hold no numbers (meta), and of a torch built without them.
         device = os.environ.get("ACCELERATE_TORCH_DEVICE", "")
         which = f"ACCELERATE_TORCH_DEVICE is {device!r}, and " if device else ""
         raise UserError(f"{which}the device cannot be used: {error}") from error

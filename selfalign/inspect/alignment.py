@@ -99,7 +99,7 @@ def alignment(
     ]
     by_block = {block: alike(features[0][block], features[1][block]) for block in blocks}
     term = config.used_terms().get("alignment")
-    if term is None or any(name not in student.head_taps for name in term.head_names):
+    if term is None or any(name not in student.head_taps for name in term.head_names(config)):
         return Alignment(by_block, None, None)
     objective = Objective(config)
     losses: list[list[float]] = [[], []]

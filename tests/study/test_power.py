@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from selfalign import cli
+from selfalign.cli.console import console
 from selfalign.errors import UserError
 from selfalign.study.paper import TWO_BY_TWO
 from selfalign.study.power import power, read_pilot
@@ -72,7 +73,8 @@ def test_what_is_no_earlier_study(tmp_path: Path, text: str, said: str) -> None:
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(console, "_width", 200)
+    monkeypatch.setattr(console, "_height", 50)
     assert cli.main(["study", "power", "2x2", "--like", str(write_report(tmp_path))]) == 0
     said = capsys.readouterr().out
     assert "Cross-noise interaction" in said and "10 seeds of 4 variants" in said

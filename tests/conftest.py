@@ -69,3 +69,8 @@ def browser() -> Iterator[object]:
         )
         yield browser
         browser.close()
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes may hold the time, in gzip's header: processes that share the tests must name them alike."""
+    return argname if isinstance(val, bytes) else None

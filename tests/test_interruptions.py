@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM: exit codes, what is left, and how to go on; output that cannot be shown."""
 
+import contextlib
 import io
 import os
 import shutil
@@ -94,6 +95,21 @@ def test_preparing(
 
 
 @pytest.mark.parametrize("number", SIGNALS)
+def test_a_second_signal_while_the_program_ends_keeps_its_exit_code(number: int) -> None:
+    code = (
+        "import atexit, os, signal, sys, types\n"
+        "from selfalign import cli\n"
+        f"def interrupt(words): os.kill(os.getpid(), {number})\n"
+        "sys.modules['selfalign.cli.recipes'] = types.SimpleNamespace(recipes_command=interrupt)\n"
+        f"atexit.register(os.kill, os.getpid(), {number})\n"
+        "sys.argv = ['selfalign', 'recipes']\n"
+        "sys.exit(cli.main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, text=True)
+    assert (done.returncode, done.stderr) == (128 + number, "selfalign: interrupted\n")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_second_signal_ends_training_at_once(tmp_path: Path, number: int) -> None:
     config = recipe("sra-dts-as", {**SMALL, "training.steps": 50, "training.checkpoint_every": 10})
     folder = tmp_path / "run"
@@ -162,6 +178,40 @@ def test_a_run_whose_launcher_was_killed_stops_at_a_checkpoint(tmp_path: Path) -
         time.sleep(0.2)
     assert not Path(f"/proc/{child}").exists()
     assert latest_checkpoint(folder / "checkpoints").is_dir()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells of a parent's death")
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
+def test_a_run_whose_accelerate_launch_was_ended_stops_at_a_checkpoint(
+    tmp_path: Path, number: int
+) -> None:
+    """It starts a single process without any variable that says so, and ends without it."""
+    folder = tmp_path / "run"
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("-m", "selfalign.cli", "train", "sit", "--out", str(folder), "--model.size", "tiny/4"),
+        *("--training.batch-size", "8", "--training.steps", "1000000"),
+    ]
+    launcher = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not read_metrics(folder) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        launcher.send_signal(number)
+        launcher.wait(60)
+        deadline = time.monotonic() + 60
+        while (folder / LOCK).exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not (folder / LOCK).exists()
+        assert latest_checkpoint(folder / "checkpoints").is_dir()
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # what it left behind, in its own session
+            os.killpg(launcher.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(32, "gone"), OSError(28, "full")])

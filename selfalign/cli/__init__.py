@@ -9,7 +9,12 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from selfalign.cli.interruption import GO_ON, interruptible, show_any_text
+from selfalign.cli.interruption import (
+    GO_ON,
+    end_at_once_if_interrupted_again,
+    interruptible,
+    show_any_text,
+)
 from selfalign.errors import AgreedError, UserError, told_by_machine
 from selfalign.names import printable
 from selfalign.settings import OPS
@@ -46,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _say_error(str(error))
     except KeyboardInterrupt as interruption:
         agreed, code = False, 128 + getattr(interruption, "number", signal.SIGINT)
+        if arguments is None:
+            end_at_once_if_interrupted_again(code)
         how = GO_ON.get(words[0] if words else "", "")
         if os.environ.get("RANK", "0") == "0":
             print(f"selfalign: interrupted{how and ': '}{how}", file=sys.stderr)

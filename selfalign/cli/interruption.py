@@ -9,6 +9,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 from selfalign.errors import Interrupted
@@ -40,13 +41,31 @@ def interruptible() -> Iterator[None]:
 
     previous = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    if "LOCAL_RANK" in os.environ:
+    if "LOCAL_RANK" in os.environ or _is_accelerates_child():
         _end_with_launcher()
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def end_at_once_if_interrupted_again(code: int) -> None:
+    """For a program that is ending: another Ctrl-C or SIGTERM ends it at once, with the same exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: os._exit(code))
+
+
+def _is_accelerates_child() -> bool:
+    """Whether `accelerate launch` has started this process alone, which no variable says."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
+    except OSError:  # not Linux, or the parent is gone
+        return False
+    return any(
+        word.startswith(b"accelerate.commands.") or os.path.basename(word) == b"accelerate"  # noqa: PTH119
+        for word in words[:4]
+    )
 
 
 def _end_with_launcher() -> None:

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import torch
@@ -264,7 +264,7 @@ def load_optimizer(checkpoint: Path, student: nn.Module, optimizer: torch.optim.
     index = 0
     for group in optimizer.param_groups:
         own = [names[parameter] for parameter in group["params"]]
-        keys = sorted(set().union(*(found[name] for name in own))) or ["step"]
+        keys = _state_keys(group) or sorted(set().union(*(found[name] for name in own))) or ["step"]
         for parameter, name in zip(group["params"], own, strict=True):
             # A number is a count of steps; everything else is shaped like the parameter.
             expected = {
@@ -274,6 +274,11 @@ def load_optimizer(checkpoint: Path, student: nn.Module, optimizer: torch.optim.
                 for key in keys
             }
             wrong += [f"{text} of {name}" for text in differences(expected, found[name])]
+            wrong += [
+                f"{key} of {name} is negative"
+                for key in ("step", "exp_avg_sq")
+                if key in found[name] and found[name][key].numel() and found[name][key].min() < 0
+            ]
             state[index] = found[name]
             index += 1
     if wrong:
@@ -281,6 +286,13 @@ def load_optimizer(checkpoint: Path, student: nn.Module, optimizer: torch.optim.
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )
+
+
+def _state_keys(group: Mapping[str, Any]) -> list[str]:
+    """What torch's Adam and Muon keep per parameter; empty for optimizers that only their file knows."""
+    if "amsgrad" in group:
+        return ["exp_avg", "exp_avg_sq", "step"]
+    return ["momentum_buffer"] if "ns_coefficients" in group else []
 
 
 def rewind(folder: Path, checkpoint: Path) -> None:

@@ -167,6 +167,34 @@ def test_other_tensors_are_refused_without_checksums_too(
     assert "\n" not in str(refusal.value)
 
 
+OPTIMIZERS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "exp_avg is missing of ": lambda t: {
+        k: v for k, v in t.items() if not k.startswith("exp_avg|")
+    },
+    "momentum_buffer is unknown of ": lambda t: (
+        t
+        | {k.replace("step|", "momentum_buffer|"): t[k].clone() for k in t if k.startswith("step|")}
+    ),
+    "exp_avg_sq of .* is negative": lambda t: {
+        k: v - 1 if k.startswith("exp_avg_sq|") else v for k, v in t.items()
+    },
+    "step of .* is negative": lambda t: {
+        k: v - 9 if k.startswith("step|") else v for k, v in t.items()
+    },
+}
+
+
+@pytest.mark.parametrize("problem", OPTIMIZERS)
+def test_a_state_that_no_adam_has_is_refused(tmp_path: Path, parts: tuple, problem: str) -> None:
+    """Also where every parameter lacks the same, and nothing is odd but the numbers' sign."""
+    student, _, optimizer = parts
+    saved = save_checkpoint(tmp_path, *parts, CheckpointState(1), keep=2)
+    path = saved / "optimizer.safetensors"
+    save_file(OPTIMIZERS[problem](load_file(path)), path)
+    with pytest.raises(UserError, match=problem):
+        load_optimizer(saved, student, optimizer)
+
+
 def test_sampling_needs_its_weights_and_the_state_only(tmp_path: Path, parts: tuple) -> None:
     saved = save_checkpoint(tmp_path, *parts, CheckpointState(1), keep=2)
     for file in ("optimizer.safetensors", "model.safetensors"):

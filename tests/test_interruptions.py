@@ -129,6 +129,24 @@ def test_a_second_signal_ends_training_at_once(tmp_path: Path, number: int) -> N
     assert state is not None and state.step == 16
 
 
+def test_a_launchers_death_is_told_once_per_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several SIGTERMs of one death are no second wish to stop."""
+    config = recipe("sra-dts-as", {**SMALL, "training.steps": 50})
+
+    def dies(state: TrainingState, values: dict[str, float]) -> None:
+        if state.step == 14:
+            monkeypatch.setattr(os, "getppid", lambda: 1)
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.01)
+
+    state = start_run(config, tmp_path / "run", dies)
+    assert state.step < 50 and state.stopped_by == signal.SIGTERM
+    assert latest_checkpoint(tmp_path / "run" / "checkpoints").is_dir()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells of a parent's death")
 def test_a_run_whose_launcher_was_killed_stops_at_a_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "run"

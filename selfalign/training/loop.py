@@ -1,6 +1,7 @@
 """The training loop, top to bottom."""
 
 import itertools
+import os
 import signal
 import threading
 import time
@@ -373,9 +374,12 @@ def _values(accelerator: Accelerator, losses: list[Losses], norm: torch.Tensor) 
 def _stop_signals() -> Iterator[list[int]]:
     """Note the first Ctrl-C or SIGTERM instead of dying of it; a second one is immediate."""
     signals: list[int] = []
+    parent = os.getppid()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if signals:
+        # Linux tells of a launcher's death once for each of its threads.
+        orphaned = number == signal.SIGTERM and os.getppid() != parent
+        if signals and not orphaned:
             raise Interrupted(number)
         signals.append(number)
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
 
 from selfalign.errors import UserError
@@ -73,6 +72,8 @@ def write_whole(path: Path, write: Callable[[Path], object], needed: int | None 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write a `.npz`, whole or not at all. Raises UserError as `write_whole` does."""
+    import numpy as np  # not above: what reads and writes records alone answers sooner without it
+
     needed = sum(array.nbytes for array in arrays.values())
     write_whole(path, lambda partial: np.savez(partial, allow_pickle=False, **arrays), needed)
 

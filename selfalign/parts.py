@@ -10,6 +10,7 @@ without it.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -139,12 +140,9 @@ def get(kind: str, name: str, setting: str | None = None, none: str | None = Non
     """
     _search(kind)
     name = _aliases[kind].get(name, name)
-    require(
-        name in _registered[kind],
-        setting or kind,
-        name,
-        f"allowed are {', '.join([*([none] if none else []), *names(kind)])}, and what --plugins adds",
-    )
+    if name not in _registered[kind]:
+        known = ", ".join([*([none] if none else []), *names(kind)])
+        require(False, setting or kind, name, f"allowed are {known}, and what --plugins adds")
     return _registered[kind][name]
 
 
@@ -268,6 +266,12 @@ def _line_within(file: Path, error: BaseException) -> str:
     return line
 
 
+@functools.cache
+def _with_defaults(part: Any) -> Any:
+    """A part as it is where nobody sets anything: made and checked once, since a tree asks for it often."""
+    return part()
+
+
 @dataclass(frozen=True)
 class PartSettings(Mapping[str, Any]):
     """The settings of all parts of a kind, by name: those that differ from the defaults, and defaults."""
@@ -277,7 +281,7 @@ class PartSettings(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         part = get(self.kind, name)
-        return self.given.get(part.name) or part()
+        return self.given.get(part.name) or _with_defaults(part)
 
     def __iter__(self) -> Iterator[str]:
         return iter(names(self.kind))

@@ -45,8 +45,8 @@ class Settings:
             if isinstance(value, list):
                 value = tuple(value)
                 object.__setattr__(self, name, value)
-            allowed = f"allowed are {_describe(hints[name])}"
-            require(_fits(value, hints[name]), self.dotted(name), value, allowed)
+            if not _fits(value, hints[name]):
+                require(False, self.dotted(name), value, f"allowed are {_describe(hints[name])}")
         self.check()
 
     def check(self) -> None:

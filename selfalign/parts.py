@@ -280,7 +280,7 @@ class PartSettings(Mapping[str, Any]):
     given: Mapping[str, Part] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Any:
-        part = get(self.kind, name)
+        part: Any = get(self.kind, name)
         return self.given.get(part.name) or _with_defaults(part)
 
     def __iter__(self) -> Iterator[str]:

@@ -69,6 +69,9 @@ class StudyArguments:
     """Budget from which the settings below take their defaults."""
     seeds: int = 3
     """How many seeds; variants are compared within each."""
+    encoders: tuple[str, ...] | None = None
+    """Networks that the named grids' variants with frozen encoders are aligned with, as in
+    timm:vit_small_patch16_224; left out: the profile's, in full DINOv2."""
     launch: Annotated[LaunchConfig, tyro.conf.arg(name="")] = field(default_factory=LaunchConfig)
     data: StudyData = field(default_factory=StudyData)
     model: StudyModel = field(default_factory=StudyModel)
@@ -131,6 +134,8 @@ def _run(arguments: Sequence[str]) -> int:
         "--data.name digits --profile laptop --out studies/digits",
         **_defaults(profile, seeds if profile != "smoke" else None),
     )
+    if arguments[0] in GRIDS:
+        grid = grid.with_parts(_parts(parsed))
     measurement = restore(parsed.measurement, PROFILES[profile].measurement)
     if not 1 <= parsed.seeds <= MAX_SEEDS:
         raise UserError(f"--seeds is {parsed.seeds}: allowed is a number from 1 to {MAX_SEEDS:,}")
@@ -283,6 +288,15 @@ def _settings(parsed: StudyArguments, profile: Profile) -> Mapping[str, Any]:
     if parsed.model.size is None:
         settings["model.size"] = _smallest_patch(settings, profile)
     return settings
+
+
+def _parts(parsed: StudyArguments) -> Mapping[str, Any]:
+    """Settings of parts that the profile has for named grids, and the command line's encoders over them."""
+    parts = dict(PROFILES[parsed.profile].parts)
+    if parsed.encoders:
+        parts["targets.frozen-encoder.encoders"] = parsed.encoders
+        parts["targets.encoder-attention.encoder"] = parsed.encoders[0]
+    return parts
 
 
 def _smallest_patch(settings: Mapping[str, Any], profile: Profile) -> str:

@@ -1,5 +1,6 @@
 """What a study compares: variants, the tables they stand in, and the effects read off them."""
 
+import dataclasses
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping
@@ -170,6 +171,22 @@ class Grid:
                     + ", ".join(self.variants)
                 )
         self._check_texts()
+
+    def with_parts(self, settings: Mapping[str, Any]) -> "Grid":
+        """The grid with settings of parts in those variants that use them; a variant's own come first.
+
+        Args:
+            settings: by dotted name, as in `{"projectors.mlp3.width": 192}`.
+        """
+
+        def filled(variant: Variant) -> Variant:
+            parts = recipe(variant.recipe, variant.settings).parts()
+            used = {part.section for part in parts}
+            own = {k: v for k, v in settings.items() if k.rpartition(".")[0] in used}
+            return dataclasses.replace(variant, settings={**own, **variant.settings})
+
+        variants = {name: filled(variant) for name, variant in self.variants.items()}
+        return dataclasses.replace(self, variants=variants)
 
     def judging(self, effect: Effect, seeds: int) -> int:
         """At how many of a study's seeds an effect is measured."""

@@ -1,10 +1,11 @@
-"""The grids that a study can be named by: the paper's, and those that ask why it comes out as it does."""
+"""The grids that a study can be named by: the paper's, the neighbours', and those that ask why it comes out so."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from selfalign.study.grid import Effect, Grid, Pairs, Row, Table, Variant
+from selfalign.study.methods import HASTE, METHODS
 from selfalign.study.paper import CORNERS, EFFECTS, PAPER, SEPARATIONS, TWO_BY_TWO
 
 _SIMPLE = TWO_BY_TWO.variants
@@ -233,6 +234,8 @@ GRIDS: Mapping[str, tuple[Grid, int | None]] = {
     for grid, seeds in (
         (PAPER, None),
         (TWO_BY_TWO, 10),
+        (METHODS, 5),
+        (HASTE, 5),
         (_stratified(), 10),
         (_learning_rates(), 4),
         (_patches("patches-4-2-1", (4, 2, 1)), 3),

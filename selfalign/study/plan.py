@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import selfalign
-from selfalign.config import RunConfig, resolve
+from selfalign.config import RunConfig, complete, resolve
 from selfalign.disk import write_whole
 from selfalign.errors import UserError
 from selfalign.parts import require_named_plugins
@@ -149,6 +149,7 @@ class Study:
                     if source is None:
                         source = sources[config.data] = open_data(config.data)
                     config = resolve(config, source.channels, source.image_size, source.num_classes)
+                    config = complete(config, source)
                     with torch.device("meta"):
                         model = build_student(config)
                     sampling, dropout = self.measurement.sampling, config.views.class_dropout

@@ -1,7 +1,7 @@
 """Budgets: how large and how long the runs of a study are, and how they are measured."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from selfalign.recipes import RECIPES
@@ -19,12 +19,20 @@ class Profile:
     measurement: Measurement
     max_tokens: int | None = None
     """Where no model size is given: `tiny`, with the smallest patch that leaves so many tokens."""
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of parts, for those variants of a named grid that use them."""
 
 
 _QUICK = {
     "training.schedule": "cosine",
     "training.trackers": (),
     "training.keep_checkpoints": 1,
+}
+
+_SMALL_PARTS = {
+    # REPA's projector of 2,048 would cost several times the model, and its encoder is not for such images.
+    "projectors.mlp3.width": 192,
+    "targets.frozen-encoder.encoders": ("efficientnet-lite0@112",),
 }
 
 PROFILES: dict[str, Profile] = {
@@ -46,6 +54,7 @@ PROFILES: dict[str, Profile] = {
             num=40, own_samples=True, sampling=SamplingConfig(solver="heun", steps=3)
         ),
         max_tokens=16,
+        parts=_SMALL_PARTS,
     ),
     "laptop": Profile(
         "three seeds of the whole grid on two CPU cores",
@@ -70,6 +79,7 @@ PROFILES: dict[str, Profile] = {
             sampling=SamplingConfig(solver="heun", steps=8),
         ),
         max_tokens=49,
+        parts=_SMALL_PARTS,
     ),
     "full": Profile(
         "the paper's ablations: SiT-B/2 on latents, 800K steps, FID of 10,000 samples",

@@ -1,8 +1,8 @@
 """Alignment over training: how alike student and teacher are, by block, beside what any image gives."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,8 @@ from torch.nn.functional import cosine_similarity
 
 from selfalign.config import ResolvedConfig
 from selfalign.data.source import Split
+from selfalign.encoders.images import NAME as ENCODED
+from selfalign.errors import UserError
 from selfalign.evaluation.config import Progress
 from selfalign.evaluation.estimate import Estimate, from_independent
 from selfalign.inspect.features import chosen_blocks
@@ -74,10 +76,13 @@ def alignment(
     split: Split,
     blocks: Sequence[Tap],
     images: int = IMAGES,
+    decode: Callable[[Tensor], Tensor] = lambda samples: samples,
+    with_loss: bool = True,
 ) -> Alignment:
     """How alike student and teacher are on held-out images, drawn as in training.
 
-    Partitions, timesteps and noise are those of the recipe, the same for every checkpoint.
+    Partitions, timesteps and noise are those of the recipe, the same for every checkpoint. Encoders run along:
+    the features that a run has stored are those of its training images.
 
     Args:
         student: the trained weights, with heads.
@@ -86,6 +91,11 @@ def alignment(
         split: the held-out images.
         blocks: counted from 1.
         images: how many.
+        decode: from the model's space to the images in [-1, 1] that encoders see.
+        with_loss: whether the alignment loss is wanted, and what it is compared with is there.
+
+    Raises:
+        UserError: an encoder or a teacher that the loss needs is not there.
     """
     device, used = student.device, config.used_targets()
     x0, labels = (part.to(device) for part in read_images(split, images, "alignment"))
@@ -99,14 +109,28 @@ def alignment(
     ]
     by_block = {block: alike(features[0][block], features[1][block]) for block in blocks}
     term = config.used_terms().get("alignment")
-    if term is None or any(name not in student.head_taps for name in term.head_names(config)):
+    if (
+        not with_loss
+        or term is None
+        or any(name not in student.head_taps for name in term.head_names(config))
+    ):
         return Alignment(by_block, None, None)
-    objective = Objective(config)
+    settings = config.targets
+    for name, target in used.items():
+        live = target.live()
+        settings = settings.override(name, {f.name: getattr(live, f.name) for f in fields(live)})
+    objective = Objective(replace(config, targets=settings))
+    looked_at = any(target.sees_images for target in used.values())
     losses: list[list[float]] = [[], []]
     for number_of, part in enumerate(torch.arange(len(x0), device=device).chunk(PARTS)):
         generator = make_generator(SEED, "alignment loss", number_of, device=device)
         of_part = draw_views(config, x0[part], generator)
-        forward = objective.predict(student, teacher, x0[part], labels[part], of_part)
+        stored = {}
+        if looked_at:
+            stored[ENCODED] = ((decode(x0[part]) + 1) / 2).permute(0, 2, 3, 1)
+        forward = objective.predict(
+            student, teacher, x0[part], labels[part], of_part, stored=stored
+        )
         rolled = {name: target.roll(1, 0) for name, target in forward.targets.items()}
         for values, targets in zip(losses, (forward.targets, rolled), strict=True):
             values.append(float(term(replace(forward, targets=targets)).mean()))
@@ -148,8 +172,14 @@ def look(subject: "Subject", progress: Progress) -> Section:
     blocks: list[Tap] = list(chosen_blocks(len(subject.model.blocks)))
     kept = list(subject.checkpoints(MOST_CHECKPOINTS))
     found: dict[int, Alignment] = {}
+    notes: list[str] = []
     for done, (step, load) in enumerate(kept, 1):
-        found[step] = alignment(*load(), config, split, blocks, IMAGES)
+        models = load()
+        try:
+            found[step] = alignment(*models, config, split, blocks, IMAGES, subject.decode)
+        except UserError as error:  # an encoder's weights, or what decodes latents, may not be here
+            found[step] = alignment(*models, config, split, blocks, IMAGES, with_loss=False)
+            notes.append(f"the alignment loss at step {step}: {error}")
         progress("alignment over training", done, len(kept))
     term = config.used_terms().get("alignment")
     cosine = str(getattr(term, "distance", "")).startswith("cosine")
@@ -161,14 +191,14 @@ def look(subject: "Subject", progress: Progress) -> Section:
 
     curve = [(step, shown(loss)) for step, loss in curve]
     last, middle = found[max(found)], blocks[len(blocks) // 2]
-    findings, notes = [], []
+    findings = []
     if last.loss is not None and last.loss_other is not None:
         findings.append(
             f"At the last checkpoint the {what} through the student’s head is {plus_minus(shown(last.loss))} "
             f"with the image’s own target and {plus_minus(shown(last.loss_other))} with another image’s: "
             "only what lies between is about the image."
         )
-    else:
+    elif term is None:
         findings.append(
             "This recipe aligns nothing: student and teacher are two averages of one run."
         )

@@ -36,6 +36,8 @@ class Target(Part):
     """Features to compare with, without gradient, token by token in the student's order."""
 
     kind: ClassVar[str] = "target"
+    sees_images: ClassVar[bool] = False
+    """Whether a network looks at the clean images, whatever space the model works in."""
 
     def build(self, config: ResolvedConfig) -> BuiltTarget:
         """What gives the features in a run: this part, unless it has networks to load first."""
@@ -68,6 +70,10 @@ class Target(Part):
     def stored_shapes(self, config: ResolvedConfig) -> Mapping[str, tuple[int, ...]]:
         """Shapes (h, w, Z) of what comes with every sample, for who counts or measures without data."""
         return {}
+
+    def live(self) -> Target:
+        """The same target of the batch alone, for images of which nothing is stored; itself by default."""
+        return self
 
     def part_widths(self, config: ResolvedConfig) -> tuple[int | None, ...]:
         """Features of each of the parts that the target's features consist of, side by side.

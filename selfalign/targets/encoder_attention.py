@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from selfalign.encoders import parse_word
 from selfalign.parts import Part, register
@@ -30,6 +30,8 @@ class EncoderAttentionTarget(Target):
 
     The encoder runs along in every step: what it would take to store is ten times its features.
     """
+
+    sees_images: ClassVar[bool] = True
 
     encoder: str = "repa:dinov2-vit-b"
     """A vision transformer of timm, as PART[:MODEL][@SIDE]; its tokens must be as many as the student's."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from selfalign.encoders import known_width, parse_word
 from selfalign.parts import Part, register
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class FrozenEncoderTarget(Target):
     """Token features of the clean image, by one network or several; each has a projector of its own."""
+
+    sees_images: ClassVar[bool] = True
 
     encoders: tuple[str, ...] = ("repa:dinov2-vit-b",)
     """Networks, each as PART[:MODEL][#MODULE][@SIDE][+class]: repa:dinov2-vit-b, timm:NAME,
@@ -123,6 +125,10 @@ class FrozenEncoderTarget(Target):
             word: (*config.grid.shape, width or 1)
             for word, width in zip(self.encoders, widths, strict=True)
         }
+
+    def live(self) -> FrozenEncoderTarget:
+        """With encoders that run along."""
+        return dataclasses.replace(self, when="every-step")
 
     def build(self, config: ResolvedConfig) -> BuiltTarget:
         """This, or the encoders that run along."""

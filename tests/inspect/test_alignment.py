@@ -3,10 +3,11 @@
 import dataclasses
 
 import pytest
+import small_encoder  # noqa: F401 – registers its encoder
 import torch
 from support import RECIPE_NAMES, randomize, resolved
 
-from selfalign import build_student
+from selfalign import UserError, build_student
 from selfalign.data.source import MemorySplit
 from selfalign.inspect.alignment import alignment, alike, logged
 from selfalign.objective import Objective
@@ -38,6 +39,34 @@ def test_every_recipe(name):
     found = alignment(*models(config), config, SPLIT, (1, 6), images=24)
     assert set(found.by_block) == {1, 6}
     assert (found.loss is None) == (name == "sit")
+
+
+@pytest.mark.parametrize("name", ["repa", "irepa-dts-as", "layersync", "sra2-dts-as"])
+def test_neighbours(name):
+    """Encoders see the held-out images themselves, of which no features are stored."""
+    config = resolved(
+        name,
+        {
+            "model.size": "tiny/2",
+            "targets.frozen-encoder.encoders": ("small:1", "small:2"),
+            "targets.frozen-encoder.widths": (6, 6),
+            "targets.frozen-encoder.when": "once",
+        },
+    )
+    seen = []
+    found = alignment(
+        *models(config), config, SPLIT, (1,), images=24, decode=lambda x: seen.append(len(x)) or x
+    )
+    assert found.loss is not None and found.loss != found.loss_other
+    assert bool(seen) == ("repa" in name)
+
+
+def test_without_what_it_is_compared_with():
+    config = resolved("repa", {"model.size": "tiny/2", "targets.frozen-encoder.widths": (768,)})
+    student = models(config)
+    assert alignment(*student, config, SPLIT, (1,), images=24, with_loss=False).loss is None
+    with pytest.raises(UserError, match="dinov2"):
+        alignment(*student, config, SPLIT, (1,), images=24)
 
 
 def test_one_network_seen_alike_is_alike():

@@ -1,9 +1,9 @@
-"""What a step of each recipe costs relative to `sit`, counted and measured; how fast stored features are read.
+"""What a step of each recipe costs relative to `sit`, counted and measured; how fast features are read.
 
     python benchmarks/neighbours.py [counted|measured|features …]
 
-Recipes and `sit` alternate in one run; figures are medians of the pairs' ratios with their range. Features are
-taken to be stored, DINOv2-B's 768 over 16×16 tokens. Prints the tables of benchmarks/neighbours.md.
+Recipes and `sit` alternate in one run; figures are medians of the pairs' ratios with their range. Features
+are taken to be stored, DINOv2-B's 768 over 16×16 tokens. Prints the tables of benchmarks/neighbours.md.
 """
 
 import argparse

@@ -81,8 +81,8 @@ def alignment(
 ) -> Alignment:
     """How alike student and teacher are on held-out images, drawn as in training.
 
-    Partitions, timesteps and noise are those of the recipe, the same for every checkpoint. Encoders run along:
-    the features that a run has stored are those of its training images.
+    Partitions, timesteps and noise are those of the recipe, the same for every checkpoint. Encoders run
+    along: the features that a run has stored are those of its training images.
 
     Args:
         student: the trained weights, with heads.

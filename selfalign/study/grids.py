@@ -1,4 +1,4 @@
-"""The grids that a study can be named by: the paper's, the neighbours', and those that ask why it comes out so."""
+"""The grids that a study can be named by: the paper's, the neighbours', and those that ask why."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

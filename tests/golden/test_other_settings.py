@@ -1,4 +1,4 @@
-"""Term cases with other settings than the recorded ones, made by the benchmarks' reference, through the checker.
+"""Term cases with other settings, made by the benchmarks' reference, through the checker.
 
 The reference knows nothing of the package; projectors and losses are written out here.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from golden.check import TOLERANCE, check
 from reference import ReferenceSiT, coefficients
 from safetensors.torch import save_file

@@ -178,7 +178,10 @@ def look(subject: "Subject", progress: Progress) -> Section:
     }
     notes = []
     if twin:
-        pairs[f"block {middle} with another seed"] = (own[middle], twin[0][middle])
+        pairs |= {
+            f"block {block}, ceiling: with another seed": (own[block], twin[0][block])
+            for block in blocks
+        }
     else:
         notes.append("another seed, the ceiling, was not given (--beside)")
     if subject.encoder is None:

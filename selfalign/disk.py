@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import os
 import shutil
 import tempfile
@@ -35,9 +36,20 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def cache_folder(kind: str) -> Path:
-    """The folder `kind` in `$SELFALIGN_CACHE`, or in `~/.cache/selfalign`."""
-    root = os.environ.get("SELFALIGN_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "selfalign") / kind
+    """The folder `kind` in `$SELFALIGN_CACHE`, or in `~/.cache/selfalign`; without a home, one of its own."""
+    if root := os.environ.get("SELFALIGN_CACHE"):
+        return Path(root) / kind
+    try:
+        home = Path.home()
+    except RuntimeError:  # neither $HOME nor a user of this number, as in containers
+        return Path(_passing_folder().name) / kind
+    return home / ".cache" / "selfalign" / kind
+
+
+@functools.cache
+def _passing_folder() -> "tempfile.TemporaryDirectory[str]":
+    """A folder that goes with the process. Not one that others could have made: kernels in it are run."""
+    return tempfile.TemporaryDirectory(prefix="selfalign-")
 
 
 def real_path(path: Path) -> Path:
@@ -99,8 +111,12 @@ def reason(error: Exception, folder: Path, needed: int | None = None) -> str:
     except OSError:
         return said
     if needed is not None and free < needed:
-        said += f"; it needs {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there"
+        said += f"; it needs {_amount(needed)}, and {_amount(free)} are free there"
     return said
+
+
+def _amount(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 10**5 else f"{count / 1e3:,.1f} kB"
 
 
 def require_writable(folder: Path) -> None:
@@ -138,7 +154,7 @@ def require_room(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(_existing(folder)).free
     if needed > free:
         raise UserError(
-            f"{what} need {needed / 1e6:,.1f} MB in {folder}, where {free / 1e6:,.1f} MB are free"
+            f"{what} need {_amount(needed)} in {folder}, where {_amount(free)} are free"
         )
 
 

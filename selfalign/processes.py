@@ -2,7 +2,9 @@
 
 import atexit
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -12,12 +14,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin, gather_object
 
+from selfalign.environment import check_environment, is_launched
 from selfalign.errors import AgreedError, UserError
 
 T = TypeVar("T")
-_OTHER_WAYS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
-_OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""Variables that a launcher of several processes sets, all of them."""
 
 
 def open_accelerator(
@@ -34,23 +34,10 @@ def open_accelerator(
         settings: more arguments of Accelerator.
 
     Raises:
-        UserError: the environment asks for another way of sharing the work, or a device that is not
-            there, or holds a part of what a launcher sets.
-        ValueError: the device lacks the precision.
+        UserError: `check_environment` raises it, or the device is not there.
+        ValueError: the device lacks the precision, where that is not "no".
     """
-    for way in _OTHER_WAYS:
-        if os.environ.get(f"ACCELERATE_USE_{way}", "false").lower() in ("true", "1", "yes"):
-            raise UserError(
-                f"ACCELERATE_USE_{way} is set: processes share a batch, each with the whole model; "
-                "launch with --multi_gpu, or with torchrun"
-            )
-    one = "LOCAL_RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1"
-    if not one and (missing := [name for name in _OF_LAUNCHERS if name not in os.environ]):
-        found = [name for name in _OF_LAUNCHERS if name in os.environ]
-        raise UserError(
-            f"{', '.join(found)} set without {', '.join(missing)}: launchers of several processes set all of "
-            "them (torchrun, accelerate launch); unset them for one process"
-        )
+    check_environment()
     if "WORLD_SIZE" in os.environ and not torch.accelerator.is_available():
         # Without this, accelerate takes each of torchrun's processes on CPUs for the only one.
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
@@ -59,19 +46,44 @@ def open_accelerator(
     # accelerate keeps the precision of a process's first accelerator; every run has its own.
     AcceleratorState._reset_state()
     try:
-        accelerator = Accelerator(
-            mixed_precision=mixed_precision,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            dynamo_plugin=TorchDynamoPlugin(backend="no"),
-            **settings,
-        )
+        with _ended_by_signals():
+            accelerator = Accelerator(
+                mixed_precision=mixed_precision,
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+                dynamo_plugin=TorchDynamoPlugin(
+                    backend="no",
+                    mode="default",
+                    fullgraph=False,
+                    dynamic=False,
+                    use_regional_compilation=False,
+                ),
+                **settings,
+            )
         torch.ones(1, device=accelerator.device).item()
-    except (AssertionError, RuntimeError) as error:
+    except (AssertionError, ImportError, RuntimeError, ValueError) as error:
+        if isinstance(error, ValueError) and mixed_precision != "no":
+            raise
         # Also of devices that hold no numbers (meta), and of a torch built without them.
         device = os.environ.get("ACCELERATE_TORCH_DEVICE", "")
         which = f"ACCELERATE_TORCH_DEVICE is {device!r}, and " if device else ""
         raise UserError(f"{which}the device cannot be used: {error}") from error
     return accelerator
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Within this block Ctrl-C and SIGTERM end one of several processes at once: there is nothing to tidy up.
+
+    torch waits there for the others, which may never come, and Python would hear of a signal afterwards.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    watched = (signal.SIGINT, signal.SIGTERM) if is_launched() and in_main else ()
+    previous = {number: signal.signal(number, signal.SIG_DFL) for number in watched}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -268,3 +268,13 @@ def test_our_warnings_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     shown = warnings.formatwarning("a\nb", UserWarning, "x/selfalign/training/loop.py", 3)
     assert shown == "selfalign: warning: a b\n"
+
+
+def test_our_warnings_end_no_work_where_warnings_are_errors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("error")
+        assert main(["recipes"]) == 0
+    assert "decides over training.tf32" in str(caught[0].message)

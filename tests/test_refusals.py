@@ -197,5 +197,9 @@ def test_what_the_machine_says_is_told_and_bugs_are_not_hidden() -> None:
     assert "memory does not suffice" in (told_by_machine(MemoryError()) or "")
     torchs = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
     assert "smaller batches" in (told_by_machine(torchs) or "")
+    gloo = RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:1")
+    assert "another process of the job has ended" in (told_by_machine(gloo) or "")
+    nccl = type("DistBackendError", (RuntimeError,), {})("NCCL error: remote process exited")
+    assert "another process of the job has ended" in (told_by_machine(nccl) or "")
     assert told_by_machine(RuntimeError("shape mismatch")) is None
     assert told_by_machine(KeyError("x")) is None

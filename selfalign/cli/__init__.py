@@ -15,6 +15,7 @@ from selfalign.cli.interruption import (
     interruptible,
     show_any_text,
 )
+from selfalign.environment import check_environment, forget_others, is_first_process
 from selfalign.errors import AgreedError, UserError, told_by_machine
 from selfalign.names import printable
 from selfalign.settings import OPS
@@ -47,14 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         agreed, code = isinstance(error, AgreedError), 2
         # What all processes know, the first one says.
-        if not agreed or os.environ.get("RANK", "0") == "0":
+        if not agreed or is_first_process():
             _say_error(str(error))
     except KeyboardInterrupt as interruption:
         agreed, code = False, 128 + getattr(interruption, "number", signal.SIGINT)
         if arguments is None:
             end_at_once_if_interrupted_again(code)
         how = GO_ON.get(words[0] if words else "", "")
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_process():
             print(f"selfalign: interrupted{how and ': '}{how}", file=sys.stderr)
     except BrokenPipeError:
         agreed, code = False, 128 + signal.SIGPIPE
@@ -70,15 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         end_shared_process(code, agreed)
     return code
-
-
-def _is_alone() -> bool:
-    """Whether this is the process that does what a launcher started several for; it forgets the others."""
-    if os.environ.get("RANK", "0") != "0":
-        return False
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
-        os.environ.pop(name, None)
-    return True
 
 
 def _say_error(text: str) -> None:
@@ -97,12 +89,17 @@ def _run(words: list[str]) -> int:
     name, *rest = words
     if name not in COMMANDS:
         raise UserError(f"command is {name!r}: allowed are {', '.join(COMMANDS)}")
+    check_environment()
     _choose_ops(rest)
     # A new run has it among its settings; one that goes on has it in its config.json.
     _load_plugins(rest, keep=name == "train" and not " ".join(rest).startswith("-"))
     command = getattr(importlib.import_module(f"selfalign.cli.{name}"), f"{name}_command")
     with interruptible():
-        return int(command(rest)) if name in SHARED or _is_alone() else 0
+        if name not in SHARED:
+            if not is_first_process():
+                return 0
+            forget_others()
+        return int(command(rest))
 
 
 def _usage() -> str:

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from selfalign.errors import Interrupted
+from selfalign.errors import Interrupted, told_by_machine
+from selfalign.names import printable
 
 GO_ON = {
     "train": "if it has made a step, go on with `selfalign train --resume DIR`",
@@ -79,7 +80,7 @@ def _end_with_launcher() -> None:
 
 
 def show_any_text() -> None:
-    """Escape what the terminal's encoding lacks, and put each warning of ours on one line."""
+    """Escape what the terminal's encoding lacks; warnings of ours, and full disks in threads, are a line."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -97,3 +98,18 @@ def show_any_text() -> None:
         return f"selfalign: warning: {' '.join(str(message).split())}\n"
 
     warnings.formatwarning = one_line
+    # PYTHONWARNINGS=error is meant for other people's code: what we warn of goes on.
+    warnings.filterwarnings("default", category=UserWarning, module="selfalign")
+    in_full = threading.excepthook
+
+    def of_thread(failed: threading.ExceptHookArgs) -> None:
+        error = failed.exc_value
+        told = told_by_machine(error) if isinstance(error, Exception) else None
+        if told is None:
+            in_full(failed)
+        elif told not in told_of_threads:
+            told_of_threads.add(told)
+            print(f"selfalign: warning: {printable(told)}", file=sys.stderr)
+
+    told_of_threads: set[str] = set()
+    threading.excepthook = of_thread

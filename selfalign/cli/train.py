@@ -1,7 +1,6 @@
 """`selfalign train`."""
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from rich.text import Text
 from selfalign.cli.console import MovedData, console, parse
 from selfalign.cli.tree import build_tree, options_of
 from selfalign.config import OLDER_NAMES, RunConfig
+from selfalign.environment import is_first_process
 from selfalign.recipes import RECIPES, recipe
 
 
@@ -113,7 +113,7 @@ def train_command(arguments: Sequence[str]) -> int:
                 accept_changes=resumed.data.accept_changes,
             )
         if going_on is None:
-            if os.environ.get("RANK", "0") == "0":
+            if is_first_process():
                 console.print(
                     f"{resumed.resume} is finished: all its steps are done; --training.steps takes a "
                     "larger number"
@@ -163,7 +163,7 @@ def _progress() -> Iterator[Callable[[Any, dict[str, float]], None]]:
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=False),
         console=console,
-        disable=not console.is_terminal or os.environ.get("LOCAL_RANK", "0") != "0",
+        disable=not console.is_terminal or not is_first_process(),
     )
     task: Any = None
     begun, first_step, printed = time.perf_counter(), 0, 0.0

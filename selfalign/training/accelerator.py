@@ -33,8 +33,6 @@ def make_accelerator(training: TrainingConfig, folder: Path) -> Accelerator:
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
     except ValueError as error:
-        if training.precision == "fp32":
-            raise UserError(f"the device cannot be used: {error}") from error
         raise UserError(f"{refusal} ({error})") from error
     if training.precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError(f"{refusal}, bf16 on CPUs too")  # accelerate would quietly run float32

@@ -23,7 +23,7 @@ import xxhash
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from selfalign.disk import publish, reason, sweep, write_whole
+from selfalign.disk import publish, reason, require_room, sweep, write_whole
 from selfalign.errors import UserError
 from selfalign.records import read_bytes, read_json, write_json
 from selfalign.weights import (
@@ -152,6 +152,20 @@ def save_checkpoint(
     for old in checkpoints(folder)[:-keep]:
         _drop(old)
     return target
+
+
+def require_room_for_checkpoint(folder: Path, *models: nn.Module) -> None:
+    """Refuse a disk that cannot take the weights of a checkpoint, before any step is made.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        models: the student and its averages; the optimizer's state, which comes on top, is not counted.
+
+    Raises:
+        UserError: the message says what is needed and what is free.
+    """
+    tensors = (tensor for model in models for tensor in model.state_dict().values())
+    require_room(folder, sum(tensor.nbytes for tensor in tensors), "the weights of a checkpoint")
 
 
 def checkpoints(folder: Path) -> list[Path]:

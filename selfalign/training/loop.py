@@ -33,6 +33,7 @@ from selfalign.training.checkpoint import (
     load_optimizer,
     load_weights,
     mark_monitored,
+    require_room_for_checkpoint,
     save_checkpoint,
     weights_file,
 )
@@ -155,6 +156,10 @@ def train(
         tuple(state.averages.values()),
     )
     with together(accelerator):
+        if accelerator.is_main_process and not _is_finished(state):
+            averages = (state.ema, *state.averages.values())
+            models = (student, *(average.model for average in averages))
+            require_room_for_checkpoint(state.folder / "checkpoints", *models)
         state.metrics = Metrics(state.folder, accelerator, state.step, state.monitored)
     failed: set[type] = set()
     if not state.monitored:

@@ -400,7 +400,7 @@ def test_too_little_space_is_said_before_the_work(
 ):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"images need 0\.0 MB in .*, where 0\.0 MB are free"):
+    with pytest.raises(UserError, match=r"images need [\d.]+ kB in .*, where 1\.0 kB are free"):
         prepare(str(class_folder), tmp_path / "out", PIXELS)
 
 

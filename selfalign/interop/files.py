@@ -18,8 +18,8 @@ from selfalign.weights import listed, not_finite, read_safetensors
 
 CONTAINERS = ("ema", "model", "state_dict")
 """Where the projects' training scripts put weights in a .pt file, the best first."""
-PREFIXES = ("module.", "_orig_mod.", "model.", "ema_model.")
-"""What wrappers (DDP, torch.compile, Lightning) put before every name."""
+AVERAGED = ("ema_model.", "ema.")
+"""Where modules that hold trained and averaged weights side by side put the averaged ones."""
 _COUNTERS = frozenset(["n_averaged", "initted", "step"])
 """What wrappers that average weights (torch's AveragedModel, ema-pytorch) keep beside them."""
 
@@ -80,9 +80,7 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
 def without_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights without what wrappers have put before every name, and beside them."""
     wrapped = {name: value for name, value in weights.items() if name not in _COUNTERS}
-    if averaged := {
-        name: value for name, value in wrapped.items() if name.startswith("ema_model.")
-    }:
+    if averaged := {name: v for name, v in wrapped.items() if name.startswith(AVERAGED)}:
         wrapped = averaged  # beside the weights that are trained
     while prefix := _shared_prefix(wrapped):
         weights = wrapped = {name.removeprefix(prefix): v for name, v in wrapped.items()}
@@ -90,8 +88,14 @@ def without_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _shared_prefix(names: Collection[str]) -> str:
-    """What a wrapper has put before all of the names; empty if none has."""
-    return next((p for p in PREFIXES if names and all(n.startswith(p) for n in names)), "")
+    """What a wrapper (DDP, torch.compile, Lightning) has put before all of the names; empty if none has.
+
+    It is a word of its own before a dot; what numbers follow is a list of modules, and no wrapper.
+    """
+    first, dot, rest = next(iter(names), "").partition(".")
+    prefix = first + dot
+    shared = bool(rest) and len(names) > 1 and all(name.startswith(prefix) for name in names)
+    return prefix if shared and not rest[0].isdigit() else ""
 
 
 def _unpickle(path: Path) -> object:

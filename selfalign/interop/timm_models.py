@@ -1,6 +1,5 @@
 """Pretrained models of timm, with weights that are put into the cache by hand or fetched from the hub."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from torch import nn
 
 from selfalign.disk import cache_folder
 from selfalign.errors import UserError
+from selfalign.hub import from_hub
 
 
 @dataclass(frozen=True)
@@ -95,16 +95,16 @@ def _is_built_for_a_side(name: str) -> bool:
 def _weights_file(repository: str, chosen: str) -> Path:
     """The weights of one of timm's repositories: put there by hand, or fetched by huggingface_hub."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import logging as hub_logging
-    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     file = cache_folder("weights") / f"{repository.rpartition('/')[2]}.safetensors"
     if file.is_file():
         return file
-    disable_progress_bars()
-    hub_logging.set_verbosity(logging.CRITICAL)  # it would print every attempt
     try:
-        return Path(hf_hub_download(repository, "model.safetensors"))
+        return from_hub(
+            lambda local: Path(
+                hf_hub_download(repository, "model.safetensors", local_files_only=local)
+            )
+        )
     except Exception as error:
         raise UserError(
             f"{chosen}: the weights of {repository} are not here and cannot be downloaded "

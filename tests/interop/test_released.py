@@ -364,7 +364,17 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "prefix",
-    ["module.", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module.", "model.module."],
+    [
+        *(
+            "module.",
+            "_orig_mod.",
+            "model.",
+            "module._orig_mod.",
+            "_orig_mod.module.",
+            "model.module.",
+        ),
+        *("net.", "student.", "model.diffusion_model.", "_forward_module._orig_mod."),
+    ],
 )
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_prefixes_of_wrappers_are_taken_off(tmp_path: Path, prefix: str, suffix: str) -> None:
@@ -378,6 +388,9 @@ def test_prefixes_of_wrappers_are_taken_off(tmp_path: Path, prefix: str, suffix:
     mixed = {**named, "other": torch.zeros(1)}  # a prefix that not all names share is a name
     torch.save(mixed, tmp_path / "mixed.pt")
     assert read_weights(tmp_path / "mixed.pt").keys() == mixed.keys()
+    lists = {f"projectors.0.{n}.weight": torch.zeros(1) for n in range(2)}  # and so is a list's
+    torch.save(lists, tmp_path / "lists.pt")
+    assert read_weights(tmp_path / "lists.pt").keys() == lists.keys()
 
 
 def test_an_empty_average_falls_back(tmp_path: Path) -> None:
@@ -398,6 +411,7 @@ def test_averages_of_wrappers(tmp_path: Path, inner: str) -> None:
     averaged = {
         "torch": {f"module.{inner}{name}": value for name, value in weights.items()}
         | {"n_averaged": torch.tensor(5)},
+        "Lightning": {f"ema.{inner}{name}": value for name, value in weights.items()} | trained,
         "ema-pytorch": {f"ema_model.{inner}{name}": value for name, value in weights.items()}
         | {"initted": torch.tensor(True), "step": torch.tensor(9), **trained},
     }

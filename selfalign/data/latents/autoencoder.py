@@ -11,6 +11,7 @@ from torch import Tensor
 
 from selfalign.disk import write_whole
 from selfalign.errors import UserError
+from selfalign.hub import from_hub
 from selfalign.weights import read_safetensors, weights_sha256
 
 if TYPE_CHECKING:
@@ -43,10 +44,16 @@ def load_autoencoder(name: str) -> "AutoencoderKL":
             f"there is no autoencoder {name!r}: allowed are {', '.join(NAMED)}, none, or a folder "
             "with the config.json and the weights of a diffusers AutoencoderKL"
         )
+
+    def fetch(local: bool) -> "AutoencoderKL":
+        return AutoencoderKL.from_pretrained(
+            NAMED.get(name, name), use_safetensors=True, local_files_only=local
+        )
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the hub's own workings
-            autoencoder = AutoencoderKL.from_pretrained(NAMED.get(name, name), use_safetensors=True)
+            autoencoder = from_hub(fetch) if name in NAMED else fetch(True)
     except Exception as error:  # a download fails in many ways, and so does a damaged folder
         reason = str(error).strip().partition("\n")[0]
         hint = f"; without network, pass a local copy of {NAMED[name]}" if name in NAMED else ""

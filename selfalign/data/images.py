@@ -40,7 +40,7 @@ LONGEST_ASPECT = 16
 _ORIENTATION = 0x0112
 _PACKED = re.compile(r"'(?:L|RGB);(2|4|16)")
 """How Pillow says of how many bits the numbers of a PNG are, where these are not 8."""
-_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+_BITS, _COMPRESSION, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT = 258, 259, 262, 284, 339  # tags of TIFF
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -172,6 +172,10 @@ def _as_rgb(image: Image.Image, background: str) -> Image.Image:
     tags: Any = image.tag_v2 if image.format == "TIFF" else {}  # type: ignore[attr-defined]
     if set(tags.get(_SAMPLE_FORMAT, (1,))) - {1, 3}:
         raise ValueError("its numbers are signed, and do not say which is black: allowed is 8 bits")
+    if _are_misread_planes(image, tags):
+        raise ValueError(
+            "its channels lie in planes, which are read of 8 bits, or compressed, only"
+        )
     packed = _PACKED.search(str(getattr(image, "tile", None)))
     image.load()
     image = _upright(image)
@@ -190,6 +194,13 @@ def _as_rgb(image: Image.Image, background: str) -> Image.Image:
         behind = Image.new("RGBA", rgba.size, (*parse_colour(background), 255))
         image = Image.alpha_composite(behind, rgba)
     return image.convert("RGB")
+
+
+def _are_misread_planes(image: Image.Image, tags: Any) -> bool:
+    """Whether Pillow takes the numbers of a TIFF for those of another channel or place."""
+    in_planes = tags.get(_PLANES) == 2 and len(image.getbands()) > 1
+    deep = max(tags.get(_BITS, (8,))) > 8 and tags.get(_COMPRESSION, 1) == 1
+    return in_planes and (deep or image.mode in GREY_MODES)
 
 
 def _upright(image: Image.Image) -> Image.Image:

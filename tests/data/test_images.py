@@ -108,31 +108,42 @@ DEEP = GREY.astype(np.uint16) * 257
 
 
 def tiff(
-    values: np.ndarray | bytes, bits: int, white_is_zero: bool = False, sample_format: int = 1
+    values: np.ndarray | bytes,
+    bits: int,
+    white_is_zero: bool = False,
+    sample_format: int = 1,
+    *,
+    planes: int = 1,
+    compressed: bool = False,
 ) -> bytes:
-    """A grey TIFF of 8×8, in the byte order of the values."""
+    """A TIFF of 8×8, in the byte order of the values: grey, or of several planes, one after the other."""
     big = isinstance(values, np.ndarray) and values.dtype.byteorder == ">"
     order = ">" if big else "<"
     data = values if isinstance(values, bytes) else values.tobytes()
+    size = len(data) // planes
+    strips = [data[place * size : (place + 1) * size] for place in range(planes)]
+    if compressed:
+        strips = [zlib.compress(strip) for strip in strips]
+    places = np.cumsum([8, *map(len, strips)]).tolist()
+    photometric = {1: int(not white_is_zero), 2: 1, 3: 2, 4: 5}[planes]
     entries = [
-        (256, "H", 8),
-        (257, "H", 8),
-        (258, "H", bits),
-        (259, "H", 1),
-        (262, "H", int(not white_is_zero)),
-        (273, "I", 8),
-        (277, "H", 1),
-        (278, "H", 8),
-        (279, "I", len(data)),
-        (339, "H", sample_format),
-    ]
-    packed = [
-        struct.pack(f"{order}HHI", tag, 3 if kind == "H" else 4, 1)
-        + struct.pack(order + kind, value).ljust(4, b"\0")
-        for tag, kind, value in entries
-    ]
-    head = (b"MM" if big else b"II") + struct.pack(f"{order}HI", 42, 8 + len(data))
-    return head + data + struct.pack(f"{order}H", len(entries)) + b"".join(packed) + bytes(4)
+        *((256, "H", [8]), (257, "H", [8]), (258, "H", [bits] * planes), (259, "H", [1 + 7 * compressed])),
+        *((262, "H", [photometric]), (273, "I", places[:-1]), (277, "H", [planes]), (278, "H", [8])),
+        *((279, "I", list(map(len, strips))), (284, "H", [2 if planes > 1 else 1])),
+        *([(338, "H", [2])] if planes == 2 else []),
+        (339, "H", [sample_format] * planes),
+    ]  # fmt: skip
+    packed, beyond = b"", b""
+    after = places[-1] + 2 + 12 * len(entries) + 4
+    for tag, kind, numbers in entries:
+        held = struct.pack(order + kind * len(numbers), *numbers)
+        if len(held) > 4:
+            held, beyond = struct.pack(order + "I", after + len(beyond)), beyond + held
+        packed += struct.pack(f"{order}HHI", tag, 3 if kind == "H" else 4, len(numbers))
+        packed += held.ljust(4, b"\0")
+    head = (b"MM" if big else b"II") + struct.pack(f"{order}HI", 42, places[-1])
+    directory = struct.pack(f"{order}H", len(entries)) + packed + bytes(4)
+    return head + b"".join(strips) + directory + beyond
 
 
 def png(pixels: np.ndarray, colour: int, transparent: bytes = b"", bits: int = 16) -> bytes:
@@ -177,6 +188,7 @@ def decoded(content: bytes, size: int | None = None, background: str = "white") 
     ).numpy()
 
 
+PLANES, DEEP_PLANES = (np.repeat(pixels[None], 3, axis=0) for pixels in (GREY, DEEP))
 DEEP_RGB = np.repeat(DEEP[..., None], 3, axis=2)
 SAME = {
     "16 bits, TIFF": tiff(DEEP, 16),
@@ -192,6 +204,9 @@ SAME = {
         ).tobytes(),
         12,
     ),
+    "planes, TIFF": tiff(PLANES, 8, planes=3),
+    "planes, TIFF, compressed": tiff(PLANES, 8, planes=3, compressed=True),
+    "planes of 16 bits, TIFF, compressed": tiff(DEEP_PLANES, 16, planes=3, compressed=True),
     "16 bits, PNG": png(DEEP, 0),
     "16 bits, PNG, colour": png(DEEP_RGB, 2),
     "16 bits, PNG, alpha": png(np.stack([DEEP, np.full_like(DEEP, 65535)], -1), 4),
@@ -232,6 +247,9 @@ REFUSED = {
     "floats below 0": tiff((GREY / 127.5 - 1).astype("<f4"), 32, sample_format=3),
     "NaN": tiff(np.full((8, 8), np.nan, "<f4"), 32, sample_format=3),
     "floats of 64 bits": tiff(GREY / 255, 64, sample_format=3),
+    "planes of 16 bits, which Pillow misreads": tiff(DEEP_PLANES, 16, planes=3),
+    "planes of 16 bits, CMYK": tiff(np.concatenate([DEEP_PLANES, DEEP[None]]), 16, planes=4),
+    "planes of grey and alpha": tiff(PLANES[:2], 8, planes=2, compressed=True),
     "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
 }
 

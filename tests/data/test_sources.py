@@ -25,7 +25,7 @@ def png(seed: int) -> bytes:
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)
@@ -113,6 +113,73 @@ def test_folder_of_tars_with_class_numbers_as_webdataset_writes_them(tmp_path: P
         write_tar(tmp_path / f"{part}.tar", members)
     source = open_source(str(tmp_path))
     assert_holds(source, [0, 1, 10, 11], [0, 1, 1, 2], ("0", "1", "2"))
+
+
+def write_shards(folder: Path, names: list[str], *members: list[tuple[str, bytes]]) -> None:
+    for name, held in zip(names, members, strict=True):
+        write_tar(folder / name, held)
+
+
+@pytest.mark.parametrize(
+    "names", [["x-000000.tar", "x-000001.tar"], ["train-00007-of-9.tar", "train-00008-of-9.tar"]]
+)
+def test_numbered_tars_are_parts_of_a_set_and_their_folders_classes(
+    tmp_path: Path, names: list[str]
+):
+    write_shards(
+        tmp_path,
+        names,
+        [("cats/1.png", png(1)), ("dogs/1.png", png(2))],
+        [("./dogs/2.png", png(3)), ("./cats/2.png", png(4))],
+    )
+    assert_holds(open_source(str(tmp_path)), [1, 2, 3, 4], [0, 1, 1, 0], ("cats", "dogs"))
+
+
+@pytest.mark.parametrize(
+    ("names", "beside"),
+    [
+        (["0.tar", "1.tar"], []),
+        (["class01.tar", "class02.tar"], []),
+        (["a.tar", "b.tar"], [("1.json", b"{}")]),  # WebDataset's samples
+    ],
+)
+def test_tars_that_may_be_classes_or_parts_are_asked_about(
+    tmp_path: Path, names: list[str], beside: list[tuple[str, bytes]]
+):
+    write_shards(
+        tmp_path, names, [("1.png", png(1)), *beside], [("1.png", png(2)), ("2.png", png(3))]
+    )
+    with pytest.raises(UserError, match=r"to .* may be classes, or parts .*--label-key archive or"):
+        open_source(str(tmp_path))
+    classes = open_source(str(tmp_path), PrepareConfig(label_key="archive"))
+    assert_holds(classes, [1, 2, 3], [0, 1, 1], tuple(Path(name).stem for name in names))
+    assert_holds(
+        open_source(str(tmp_path), PrepareConfig(label_key="none")), [1, 2, 3], [0] * 3, ()
+    )
+    with pytest.raises(
+        UserError, match="label_key is 'json': allowed for tar files are archive, n"
+    ):
+        open_source(str(tmp_path), PrepareConfig(label_key="json"))
+
+
+def test_a_tar_for_each_class_and_tars_in_class_folders(tmp_path: Path):
+    write_shards(
+        tmp_path / "each",
+        ["n01440764.tar", "n01443537.tar"],
+        [("1.png", png(1))],
+        [("1.png", png(2))],
+    )
+    assert_holds(open_source(str(tmp_path / "each")), [1, 2], [0, 1], ("n01440764", "n01443537"))
+    for label, name in enumerate(("cats", "dogs")):
+        write_shards(
+            tmp_path / "folders" / name,
+            ["000.tar", "001.tar"],
+            [("1.png", png(10 * label))],
+            [("1.png", png(10 * label + 1))],
+        )
+    assert_holds(
+        open_source(str(tmp_path / "folders")), [0, 1, 10, 11], [0, 0, 1, 1], ("cats", "dogs")
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"no tar file", b"\x1f\x8b" + bytes(600)])

@@ -26,7 +26,8 @@ class PrepareConfig(Settings):
     """Which of a sample's images is meant, where there are several: its ending in tar files (jpg), its
     column in tables."""
     label_key: str | None = None
-    """Which column of a table has the classes, where there are several."""
+    """Which column of a table has the classes, where there are several; of several tar files without class
+    numbers: archive, where each is a class, or none."""
     skip_unreadable: bool = False
     """Leave unreadable images out and list them in the manifest, instead of stopping."""
     encoder: tuple[str, ...] = ()

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ DEEPEST = 16
 """Archives within archives."""
 LARGEST_NUMBER = 32
 """Characters of a .cls file."""
+LABELS_OF_ARCHIVES = ARCHIVE, NONE = "archive", "none"
+"""What `label_key` may be: each archive is a class, or only folders within archives are."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +74,25 @@ def open_tars(archives: Sequence[Path], config: PrepareConfig) -> Source:
     """The images of tar files. Members are read where they lie, and never unpacked.
 
     An image's class is the number in its `.cls` neighbour (WebDataset); without those it is the
-    first of the folders and archives that lead to it and do not lead to all images.
+    first of the folders and archives that lead to it and do not lead to all images. Archives that are
+    parts of one set, being numbered or of WebDataset's samples, are no classes unless that is said.
 
     Args:
         archives: the files.
-        config: which of a sample's images is meant, and whether unreadable ones are left out.
+        config: which of a sample's images is meant, what classes are, and whether unreadable ones are left
+            out.
 
     Raises:
         UserError: an archive cannot be read, or which images or classes are meant is not clear.
     """
     left_out: Counter[str] = Counter()
     skip = config.skip_unreadable
-    members = [member for archive in archives for member in _members(archive, left_out, skip)]
+    if config.label_key not in (None, *LABELS_OF_ARCHIVES):
+        raise UserError(
+            f"label_key is {config.label_key!r}: allowed for tar files are {', '.join(LABELS_OF_ARCHIVES)}"
+        )
+    top = Path(os.path.commonpath([archive.parent for archive in archives]))
+    members = [member for archive in archives for member in _members(archive, top, left_out, skip)]
     numbers: dict[tuple[str, ...], _Member] = {}
     images = []
     beside: set[tuple[str, ...]] = set()
@@ -111,7 +121,8 @@ def open_tars(archives: Sequence[Path], config: PrepareConfig) -> Source:
         class_names = numbered_classes(labels, archives[0])
         labels = labels.astype(np.int32)
     else:
-        labels, class_names = _classes_by_folder(images)
+        parts = len(archives) > 1 and (is_webdataset or _are_numbered(archives))
+        labels, class_names = _classes(images, archives, parts, config.label_key)
     names = [member.path for member in images]
     return Source(
         names,
@@ -178,21 +189,57 @@ def _class_number(image: _Member, member: _Member | None) -> int:
         ) from error
 
 
-def _classes_by_folder(images: Sequence[_Member]) -> tuple[np.ndarray, tuple[str, ...]]:
+def _classes(
+    images: Sequence[_Member], archives: Sequence[Path], parts: bool, label_key: str | None
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels and names of the classes that folders and archives stand for.
+
+    Raises:
+        UserError: archives may be classes, or parts of a set without.
+    """
+    together = len({archive.parent for archive in archives}) == 1
+    if label_key == ARCHIVE or (label_key is None and not (parts and together)):
+        return _classes_by_folder([image.folders for image in images])
+    labels, class_names = _classes_by_folder([image.folders[1:] for image in images])
+    if not class_names and label_key is None:
+        first, last = (printable(archive.name) for archive in (archives[0], archives[-1]))
+        raise UserError(
+            f"{first} to {last} may be classes, or parts of a set without classes: say which by --label-key "
+            f"{ARCHIVE} or --label-key {NONE}"
+        )
+    return labels, class_names
+
+
+def _are_numbered(archives: Sequence[Path]) -> bool:
+    """Whether the names of archives differ in one number, which counts them."""
+    split = [re.split(r"(\d+)", archive.stem) for archive in archives]
+    if len({len(words) for words in split}) > 1:
+        return False
+    differing = [words for words in zip(*split, strict=True) if len(set(words)) > 1]
+    if len(differing) != 1 or not all(word.isdecimal() for word in differing[0]):
+        return False
+    numbers = sorted(map(int, differing[0]))
+    return numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+
+
+def _classes_by_folder(
+    folders: Sequence[tuple[str, ...]],
+) -> tuple[np.ndarray, tuple[str, ...]]:
     # Where the paths first differ: between the smallest and the largest, in their order.
-    first, last = (edge((m.folders for m in images), default=()) for edge in (min, max))
+    first, last = (edge(folders, default=()) for edge in (min, max))
     common = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))))
-    tops = [m.folders[common] if len(m.folders) > common else "" for m in images]
+    tops = [path[common] if len(path) > common else "" for path in folders]
     class_names = sorted(set(tops))
     number: Mapping[str, int] = {name: label for label, name in enumerate(class_names)}
     labels = np.array([number[top] for top in tops], np.int32)
     return labels, tuple(map(printable, class_names)) if len(class_names) > 1 else ()
 
 
-def _members(archive: Path, left_out: Counter[str], skip: bool) -> Iterator[_Member]:
+def _members(archive: Path, top: Path, left_out: Counter[str], skip: bool) -> Iterator[_Member]:
+    folders = (*archive.parent.relative_to(top).parts, archive.stem)
     try:
         with tarfile.open(archive, "r:") as tar:
-            yield from _walk(archive, tar, (archive.stem,), 0, left_out, skip)
+            yield from _walk(archive, tar, folders, 0, left_out, skip)
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         raise UserError(
             f"{printable(str(archive))} cannot be read as an uncompressed tar file: {error}; unpack "

@@ -1,13 +1,13 @@
 """`selfalign report`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from selfalign.cli.console import console, make_bar, parse
+from selfalign.cli.console import MovedData, console, make_bar, parse
 from selfalign.errors import UserError
 
 
@@ -21,6 +21,7 @@ class ReportArguments:
     """File of the page, which ends in .html; left out: report.html in the first run's folder."""
     weights: Literal["ema", "raw"] = "ema"
     """Which weights are sampled."""
+    data: MovedData = field(default_factory=MovedData)
 
 
 def report_command(arguments: Sequence[str]) -> int:
@@ -46,6 +47,7 @@ def report_command(arguments: Sequence[str]) -> int:
             parsed.weights,
             open_accelerator().device,
             lambda what, done, total: bar.update(task, completed=done),
+            parsed.data.root,
         )
     console.print(f"{page}, and its numbers in {page.with_suffix('.json')}")
     return 0

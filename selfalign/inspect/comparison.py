@@ -19,7 +19,7 @@ from selfalign.evaluation.estimate import Estimate
 from selfalign.inspect.alignment import logged
 from selfalign.inspect.page import plain
 from selfalign.inspect.section import Table
-from selfalign.inspect.views import pixels
+from selfalign.inspect.views import first_channels
 from selfalign.names import printable
 from selfalign.pages.figures import Chart, Series, line_chart
 from selfalign.pages.render import render
@@ -27,7 +27,7 @@ from selfalign.pages.settings import Settings, compare, flatten
 from selfalign.records import write_json
 from selfalign.runs.load import LoadedRun, load_run
 from selfalign.runs.monitors import GRID_STEPS
-from selfalign.sampling.generate import generate
+from selfalign.sampling.generate import generate, to_uint8
 from selfalign.sampling.pictures import column_labels, column_names, data_uri, tile
 from selfalign.sampling.settings import SamplingConfig
 from selfalign.training.tracking import read_metrics
@@ -47,6 +47,8 @@ class Strip:
     address: str
     width: int
     height: int
+    undecoded: str = ""
+    """Why the picture is of the latents' first channels and not of images; empty where it is of images."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def compare_runs(
     weights: Literal["ema", "raw"] = "ema",
     device: torch.device | str = "cpu",
     progress: Progress = lambda what, done, total: None,
+    data_root: str | None = None,
 ) -> Path:
     """Write one page, and its numbers beside it.
 
@@ -98,6 +101,7 @@ def compare_runs(
         weights: which are sampled.
         device: where to.
         progress: told of long work.
+        data_root: where the data of all the runs is now, by which latents are decoded; None: where it was.
 
     Raises:
         UserError: a run cannot be loaded, or the page cannot be written.
@@ -108,7 +112,8 @@ def compare_runs(
     require_writable(file.parent)
     runs = []
     for folder, name in zip(folders, _names(folders), strict=True):
-        runs.append(Compared(name, load_run(folder, weights, device), read_metrics(folder)))
+        run = load_run(folder, weights, device, data_root=data_root)
+        runs.append(Compared(name, run, read_metrics(folder)))
     strips = {}
     for done, compared in enumerate(runs, 1):
         strips[compared.name] = _strip(compared.run)
@@ -155,9 +160,15 @@ def _strip(run: LoadedRun) -> Strip:
     batches = generate(
         run.model, run.config.flow.path, sampling, count, batch_size=count, labels=labels
     )
-    images = [pixels(image, run.decode) for batch in batches for image in batch.images]
-    picture = tile(torch.stack(images), columns)
-    return Strip(data_uri(picture), picture.shape[1], picture.shape[0])
+    samples = torch.cat([batch.images for batch in batches])
+    undecoded = ""
+    try:
+        images = to_uint8(run.decode(samples)).cpu()
+    except UserError as error:
+        undecoded = printable(str(error))
+        images = torch.stack([first_channels(sample) for sample in samples])
+    picture = tile(images, columns)
+    return Strip(data_uri(picture), picture.shape[1], picture.shape[0], undecoded)
 
 
 def _overview(runs: Sequence[Compared]) -> Table:

@@ -137,8 +137,13 @@ def pixels(
     try:
         return to_uint8(decode(image[None]))[0].cpu()
     except UserError:
-        channels = image[: 3 if len(image) >= 3 else 1]
-        return to_uint8(channels / channels.abs().amax().clamp(min=1e-6))
+        return first_channels(image)
+
+
+def first_channels(image: Float[Tensor, "C H W"]) -> UInt8[Tensor, "C H W"]:
+    """What can be shown of latents that cannot be decoded: three channels or one, scaled."""
+    channels = image[: 3 if len(image) >= 3 else 1]
+    return to_uint8(channels / channels.abs().amax().clamp(min=1e-6)).cpu()
 
 
 def draw_diagram(seen: SeenImage, title: str) -> str:

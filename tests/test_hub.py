@@ -1,11 +1,12 @@
 """What comes from the hub: its cache without network, and a hub that is out of reach ends at once."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("huggingface_hub")
-from selfalign.hub import from_hub
+from selfalign.hub import from_hub, use_cache_if_out_of_reach
 
 
 @pytest.fixture
@@ -37,3 +38,11 @@ def test_a_hub_that_is_out_of_reach_is_asked_once(out_of_reach: None) -> None:
         from_hub(fetch)
     assert time.perf_counter() - begun < 5
     assert asked == [True]
+
+
+def test_what_cannot_be_told_to_use_its_cache_has_its_network_switched_off(
+    out_of_reach: None,
+) -> None:
+    reader = SimpleNamespace(HF_HUB_OFFLINE=False)
+    use_cache_if_out_of_reach(reader)
+    assert reader.HF_HUB_OFFLINE

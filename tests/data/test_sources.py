@@ -528,6 +528,25 @@ def test_plain_parquet(
     assert_holds(open_source(table(tmp_path / "x.parquet", columns)), [0, 1, 2], labels, names)
 
 
+@pytest.mark.parametrize("name", ["d[1]", "d*", "d?x", "**", "d{1,2}", "a b%20#"])
+def test_names_are_no_patterns(tmp_path: Path, cache: None, name: str):
+    for folder in (name, "d1", "dxx"):
+        (tmp_path / folder).mkdir()
+        for file in ("x", "y"):
+            table(tmp_path / folder / f"{file}.parquet", {"image": IMAGES, "label": [0, 1, 0]})
+    assert len(open_source(str(tmp_path / name)).names) == 6
+    assert len(open_source(str(tmp_path / name / "x.parquet")).names) == 3
+
+
+def test_folders_of_tables_are_no_classes_and_told_of(tmp_path: Path, cache: None):
+    for folder in ("cats", "dogs"):
+        (tmp_path / "t" / folder).mkdir(parents=True)
+        table(tmp_path / "t" / folder / "x.parquet", {"image": IMAGES})
+    source = open_source(str(tmp_path / "t"))
+    assert_holds(source, [0, 1, 2, 0, 1, 2], [0] * 6, ())
+    assert source.left_out == {"folders' names (cats, dogs)": 2}
+
+
 def test_rows_without_an_image_or_a_class(tmp_path: Path, cache: None):
     images = [STRUCTS[0], None, STRUCTS[1], {"bytes": None, "path": None}, STRUCTS[2]]
     path = table(tmp_path / "x.parquet", {"image": images, "label": ["b", "a", "b", None, "a"]})

@@ -1,5 +1,6 @@
 """Parquet and Arrow, by the Hugging Face library: a column of images, and perhaps one of classes."""
 
+import glob
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from selfalign.data.images import UnreadableImageError, open_image
 from selfalign.data.latents.settings import PrepareConfig
 from selfalign.data.latents.sources.source import Source, fingerprint_sample, numbered_classes
 from selfalign.errors import UserError
+from selfalign.hub import use_cache_if_out_of_reach
 from selfalign.names import printable
 from selfalign.weights import listed
 
@@ -85,29 +87,36 @@ def open_table(path: Path, files: Sequence[Path], config: PrepareConfig) -> Sour
         raise UserError(
             f"{str(path)!r} holds {' and '.join(sorted(kinds))} files: allowed is one kind"
         )
-    names = [str(file) for file in files]
+    # The library takes names for patterns, by which other files would be read too.
+    names = [glob.escape(str(file)) for file in files]
     return _open(
         lambda: _library().load_dataset(kinds.pop()[1:], data_files=names, split="train"),
         path,
         config,
         folder,
+        tuple(sorted({file.parent.name for file in files if file.parent != path})),
     )
 
 
 def open_hub(name: str, config: PrepareConfig) -> Source:
     """A data set of the Hugging Face hub: `OWNER/NAME[:SPLIT]`."""
     repository, _, split = name.partition(":")
-    return _open(
-        lambda: _library().load_dataset(repository, split=split or "train"),
-        repository,
-        config,
-        None,
-    )
+
+    def load() -> Any:
+        use_cache_if_out_of_reach(_library().config)
+        return _library().load_dataset(repository, split=split or "train")
+
+    return _open(load, repository, config, None)
 
 
 def _open(
-    load: Callable[[], Any], name: object, config: PrepareConfig, folder: Path | None
+    load: Callable[[], Any],
+    name: object,
+    config: PrepareConfig,
+    folder: Path | None,
+    folders: Sequence[str] = (),
 ) -> Source:
+    """The table that `load` opens; names of folders in which its parts lie are told of, as no classes."""
     library = _library()
     library.disable_progress_bars()
     library.logging.set_verbosity(library.logging.CRITICAL)  # errors are raised as well
@@ -135,6 +144,8 @@ def _open(
     left_out = {"rows without an image": int((~present).sum())}
     if others := [printable(name) for name in rows.features if name not in (column, key)]:
         left_out[f"columns ({listed(others, SHOWN)})"] = len(others)
+    if len(folders) > 1:
+        left_out[f"folders' names ({listed(list(map(printable, folders)), SHOWN)})"] = len(folders)
     if labels is not None:
         known = labels[numbers] >= 0
         if not known.all() and not config.skip_unreadable:

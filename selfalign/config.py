@@ -50,6 +50,7 @@ class RunConfig(Settings):
     data: DataConfig = field(default_factory=DataConfig)
     partitions: PartSettings = field(default_factory=partial(PartSettings, "partition"))
     schedules: PartSettings = field(default_factory=partial(PartSettings, "schedule"))
+    curriculums: PartSettings = field(default_factory=partial(PartSettings, "curriculum"))
     conditions: PartSettings = field(default_factory=partial(PartSettings, "condition"))
     backbones: PartSettings = field(default_factory=partial(PartSettings, "backbone"))
     targets: PartSettings = field(default_factory=partial(PartSettings, "target"))
@@ -63,12 +64,31 @@ class RunConfig(Settings):
         self.require(0 <= self.seed < 2**63, "seed", "allowed is a whole number from 0 to 2^63-1")
         for part in self.parts():
             part.check_in(self)
+        self._check_hidden_groups()
+        self.model.require(
+            not self.condition.attends or self.backbone.attends,
+            "condition",
+            f"model.backbone {self.model.backbone} attends to no texts; allowed is label",
+        )
+
+    def _check_hidden_groups(self) -> None:
+        """Only some backbones let tokens pass by blocks."""
+        skipped = self.views.skipped_blocks
+        if skipped is not None:
+            self.views.require(
+                self.backbone.passes_by and skipped[1] <= self.depth,
+                "skipped_blocks",
+                f"allowed are blocks from 1 to {self.depth}"
+                if self.backbone.passes_by
+                else f"model.backbone {self.model.backbone} has no way around its blocks",
+            )
 
     def parts(self) -> Iterator[Part]:
         """The parts that the tree chooses, with their settings."""
         yield self.backbone
         yield self.condition
-        yield self.partition
+        yield self.curriculum
+        yield from self.curriculum.uses(self)
         yield self.schedule
         yield self.optimizers[self.training.optimizer]
         yield self.data.source
@@ -91,10 +111,20 @@ class RunConfig(Settings):
         """How tokens are split into groups (a `Partition`)."""
         return self.partitions[self.views.partition]
 
+    def partition_of(self, views: ViewsConfig) -> Any:
+        """The partition of a step's grouping."""
+        usual = views.partition == self.views.partition
+        return self.partition if usual else self.partitions[views.partition]
+
     @cached_property
     def schedule(self) -> Any:
         """Which timestep each group gets (a `Schedule`)."""
         return self.schedules[self.views.timesteps]
+
+    @cached_property
+    def curriculum(self) -> Any:
+        """How the grouping changes over the run (a `Curriculum`)."""
+        return self.curriculums[self.views.curriculum]
 
     @cached_property
     def depth(self) -> int:
@@ -200,23 +230,36 @@ def resolve(
         f"makes {resolved.model.num_tokens} tokens of the input of {'×'.join(map(str, sides))}; allowed "
         f"are {MAX_TOKENS}",
     )
+    images = config.training.batch_size // (processes * config.training.gradient_accumulation)
+    _check_grouping(resolved, config.views, images)
+    for views in resolved.curriculum.all_views(resolved):
+        _check_grouping(resolved, views, 0)
+    return resolved
+
+
+def _check_grouping(resolved: ResolvedConfig, views: ViewsConfig, images: int) -> None:
+    """No group may be empty, and no share of whole images round to none.
+
+    Args:
+        resolved: the tree.
+        views: a grouping of it.
+        images: that a process sees at once; 0 where the share may round to none, as along a ramp.
+    """
+    tokens, fraction = resolved.model.num_tokens, views.whole_image_fraction
+    sizes = group_sizes(views.mask_ratios, tokens)
     require(
-        min(resolved.group_sizes) >= 1,
+        min(sizes) >= 1,
         "views.mask_ratios",
-        config.views.mask_ratios,
-        f"of the {resolved.model.num_tokens} tokens the groups get {resolved.group_sizes}; every "
-        "group needs at least one",
+        views.mask_ratios,
+        f"of the {tokens} tokens the groups get {sizes}; every group needs at least one",
     )
-    fraction, training = config.views.whole_image_fraction, config.training
-    images = training.batch_size // (processes * training.gradient_accumulation)
     require(
-        fraction == 0 or whole_images(fraction, images) > 0,
+        fraction == 0 or images == 0 or whole_images(fraction, images) > 0,
         "views.whole_image_fraction",
         fraction,
         f"of the {images} images that a process sees at once this rounds to none; allowed are 0, a "
         "larger share, or a larger training.batch_size",
     )
-    return resolved
 
 
 def complete(config: ResolvedConfig, source: DataSource) -> ResolvedConfig:

@@ -119,6 +119,20 @@ class Backbone(nn.Module):
                     + ", ".join([name for name in modules if name.startswith("blocks.")][:2])
                 )
 
+    def describe(self, captions: Sequence[str], prompts: Sequence[str] = ()) -> None:
+        """Tell a model that is conditioned on texts which they are; nothing for other models.
+
+        Args:
+            captions: those of the data, by number.
+            prompts: further ones, from number `num_classes + 1` on.
+
+        Raises:
+            UserError: what reads them is not there.
+        """
+        embedder = getattr(self, "y_embedder", None)
+        if self.condition.attends and embedder is not None:
+            embedder.describe(captions, prompts)
+
     def add_head(self, name: str, head: nn.Module, tap: Tap) -> None:
         """Hang a head onto a tap; `forward` runs it where it is asked to."""
         parent, _, _ = name.rpartition(".")

@@ -31,6 +31,7 @@ HOMES: Mapping[str, str] = MappingProxyType(
     {
         "partition": "selfalign.partitions",
         "schedule": "selfalign.schedules",
+        "curriculum": "selfalign.curriculums",
         "condition": "selfalign.conditions",
         "backbone": "selfalign.backbones",
         "target": "selfalign.targets",
@@ -87,7 +88,7 @@ class Part(Choosing):
         """
 
     def uses(self, config: Any) -> Iterable["Part"]:
-        """Further parts that this one, being a term or a target, chooses in a tree. None by default."""
+        """Further parts that a term, target or curriculum chooses in a tree. None by default."""
         return ()
 
 

@@ -74,6 +74,15 @@ class ViewsConfig(Choosing):
     """Share of the tokens in each group; one value a below 1 means the two groups a and 1-a."""
     whole_image_fraction: float = 0.0
     """Share of each batch that keeps one timestep and full attention (whole-image mixing, rho)."""
+    curriculum: str = chosen("curriculum", "constant")
+    """How partition, mask ratios and whole images change while a run goes on."""
+    hidden_groups: int = 0
+    """How many groups, counted from the last, the student does not see, or only in part (skipped_blocks);
+    a teacher without groups sees them."""
+    skipped_blocks: tuple[int, int] | None = None
+    """First and last block that the hidden groups pass by unchanged (TREAD); left out: they are dropped."""
+    hidden_as: Literal["tokens", "mask"] = "tokens"
+    """What the other blocks see of them: their tokens, or a learned mask token at their places (MaskDiT)."""
     class_dropout: float = 0.1
     """Probability that a sample's label is replaced by the null class."""
 
@@ -108,6 +117,43 @@ class ViewsConfig(Choosing):
             several or self.whole_image_fraction == 0,
             "whole_image_fraction",
             "allowed is 0 with one token group, where every image is whole already",
+        )
+        self._check_hidden()
+
+    def require_all_tokens(self, part: Settings) -> None:
+        """Refuse a part that needs every token's features, where some are dropped."""
+        dropped = self.hidden_groups > 0 and self.skipped_blocks is None
+        self.require(
+            not dropped, "hidden_groups", f"{part.section} needs all tokens; allowed is 0 with it"
+        )
+
+    def _check_hidden(self) -> None:
+        """Limits of what the student does not see."""
+        self.require(
+            0 <= self.hidden_groups < len(self.mask_ratios),
+            "hidden_groups",
+            f"allowed is 0, or fewer than the {len(self.mask_ratios)} of views.mask_ratios",
+        )
+        self.require(
+            self.hidden_groups == 0 or self.whole_image_fraction == 0,
+            "hidden_groups",
+            "allowed is 0 with whole images, which the student sees whole",
+        )
+        skipped = self.skipped_blocks
+        self.require(
+            skipped is None or 1 <= skipped[0] <= skipped[1],
+            "skipped_blocks",
+            "allowed are the first and the last one, counted from 1",
+        )
+        self.require(
+            skipped is None or self.hidden_groups > 0,
+            "skipped_blocks",
+            "no group is hidden: views.hidden_groups says how many are",
+        )
+        self.require(
+            self.hidden_as == "tokens" or skipped is not None,
+            "hidden_as",
+            "allowed is tokens without views.skipped_blocks",
         )
 
 

@@ -100,6 +100,20 @@ def group_sizes(mask_ratios: Sequence[float], num_tokens: int) -> tuple[int, ...
 
 
 @dataclass(frozen=True)
+class Passing:
+    """Groups that pass by some blocks unchanged (TREAD, arXiv:2501.04765)."""
+
+    groups: int
+    """How many, counted from the last."""
+    first: int
+    """The first block that they pass by, counted from 1."""
+    last: int
+    """The last one."""
+    masked: bool = False
+    """Whether a mask token stands for each of their tokens (MaskDiT, arXiv:2306.09305)."""
+
+
+@dataclass(frozen=True)
 class TokenGroups:
     """How tokens are sorted into groups, each a contiguous slice of the same size in every sample."""
 
@@ -111,6 +125,8 @@ class TokenGroups:
     """The first `whole` samples of the batch are whole images: their groups attend to each other."""
     separate: bool = False
     """Whether the tokens of the other samples attend within their group only (Eq. 8 and 9)."""
+    passing: Passing | None = None
+    """Which groups pass by which blocks."""
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -122,6 +138,23 @@ class TokenGroups:
         """Where each group's tokens are."""
         ends = zip(self.ends, self.sizes, strict=True)
         return tuple(slice(end - size, end) for end, size in ends)
+
+    def kept(self, hidden: int) -> TokenGroups:
+        """The groups without the last ones.
+
+        Args:
+            hidden: how many are left out.
+        """
+        sizes = self.sizes[: len(self.sizes) - hidden]
+        order = None if self.order is None else self.order[:, : sum(sizes)]
+        return TokenGroups(order, sizes, self.whole, self.separate)
+
+    def in_block(self, number: int) -> TokenGroups:
+        """The groups that a block works on, counted from 1: these, or those that do not pass by."""
+        passing = self.passing
+        if passing is None or not passing.first <= number <= passing.last:
+            return self
+        return self.kept(passing.groups)
 
     def attention_parts(self, batch: int) -> tuple[tuple[int, int, int, int], ...]:
         """First and end sample, first and end token of each dense attention that covers the batch."""

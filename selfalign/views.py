@@ -5,7 +5,8 @@ work per token and the losses compare in the same order, so nothing is sorted ba
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,7 +14,10 @@ from torch import Tensor
 
 from selfalign.config import ResolvedConfig, RunConfig, whole_images
 from selfalign.flow import PATHS, Path, TimestepDistribution
-from selfalign.tokens import TokenGrid, TokenGroups, group_sizes
+from selfalign.network import Backbone
+from selfalign.partitions import Scene
+from selfalign.sections import ViewsConfig
+from selfalign.tokens import Passing, TokenGrid, TokenGroups, group_sizes
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,17 @@ class Draw:
     """Samples whose condition the student does not see."""
     more: Mapping[str, Tensor] = field(default_factory=dict)
     """What terms of the objective draw besides, by name."""
+    views: ViewsConfig | None = None
+    """How this step's batch is grouped; None: as the tree's section says."""
 
 
 def draw_views(
     config: RunConfig,
     batch: Float[Tensor, "B C *sides"] | torch.Size | tuple[int, ...],
     generator: torch.Generator,
+    views: ViewsConfig | None = None,
+    teacher: Backbone | None = None,
+    condition: Any = None,
 ) -> Draw:
     """Draw all randomness of one training step, on the generator's device. Nothing else draws.
 
@@ -48,10 +57,14 @@ def draw_views(
         config: the run's tree.
         batch: the clean samples, or their shape, which suffices unless the partition goes by content.
         generator: the step's generator.
+        views: how the batch is grouped, from the curriculum; None: as the tree's section says.
+        teacher: the EMA model, for partitions that ask it; without one they are random.
+        condition: of every sample, for the teacher.
     """
     x0 = batch if isinstance(batch, Tensor) else None
     shape = tuple(batch.shape if isinstance(batch, Tensor) else batch)
-    count, device, groups = shape[0], generator.device, config.num_groups
+    grouping = config.views if views is None else views
+    count, device, groups = shape[0], generator.device, len(grouping.mask_ratios)
     grid = TokenGrid(shape[2:], config.model.patch_size)
 
     def uniform() -> Float[Tensor, "B"]:
@@ -64,8 +77,9 @@ def draw_views(
     interval = [uniform()]
     order = None
     if groups > 1:
-        sizes = group_sizes(config.views.mask_ratios, grid.num_tokens)
-        order = config.partition.order(grid, sizes, count, generator, x0)
+        sizes, path = group_sizes(grouping.mask_ratios, grid.num_tokens), PATHS[config.flow.path]
+        scene = Scene(grid, sizes, count, generator, x0, noise, path, teacher, condition)
+        order = config.partition_of(grouping).split(scene)
     for _ in range(1, groups):
         timesteps.append(config.schedule.timesteps(timesteps, next_timesteps))
         interval.append(uniform())
@@ -81,6 +95,7 @@ def draw_views(
         ),
         label_dropout=dropout < config.views.class_dropout,
         more=more,
+        views=views,
     )
 
 
@@ -98,11 +113,12 @@ class Views:
     """A batch in group order: what the student sees of it, and what any network's view is made of."""
 
     x0: Float[Tensor, "B N P"]
+    """Of all tokens; those that the student does not see come last."""
     noise: Float[Tensor, "B N P"]
     path: Path
     student: View
     """What the student sees."""
-    target: Float[Tensor, "B N P"]
+    target: Float[Tensor, "B n P"]
     """The velocity of the path at the student's view (Eq. 2)."""
 
     @property
@@ -111,8 +127,10 @@ class Views:
         return self.student.groups
 
     def at(self, timesteps: Float[Tensor, "B K"], groups: TokenGroups) -> View:
-        """The batch noised to these timesteps (Eq. 1), one per group; whole images as `noised` has it."""
-        return noised(self.x0, self.noise, self.path, timesteps, groups)
+        """The groups' tokens noised to these timesteps (Eq. 1), one per group; whole images as `noised` has
+        it."""
+        seen = groups.ends[-1]
+        return noised(self.x0[:, :seen], self.noise[:, :seen], self.path, timesteps, groups)
 
 
 def noised(
@@ -142,13 +160,22 @@ def make_views(config: ResolvedConfig, x0: Float[Tensor, "B C *sides"], draw: Dr
         draw: the step's randomness.
     """
     grid, path = config.grid, PATHS[config.flow.path]
+    views = config.views if draw.views is None else draw.views
     groups = TokenGroups(
         order=draw.order,
-        sizes=config.group_sizes,
-        whole=whole_images(config.views.whole_image_fraction, len(x0)),
-        separate=config.views.attention == "separated",
+        sizes=group_sizes(views.mask_ratios, grid.num_tokens),
+        whole=whole_images(views.whole_image_fraction, len(x0)),
+        separate=views.attention == "separated",
     )
     clean, noise = (groups.sort(grid.patchify(samples)) for samples in (x0, draw.noise))
-    student = noised(clean, noise, path, draw.timesteps, groups)
+    seen, timesteps = (clean, noise), draw.timesteps
+    if hidden := views.hidden_groups:
+        if views.skipped_blocks is None:
+            groups, timesteps = groups.kept(hidden), timesteps[:, :-hidden]
+            seen = (clean[:, : groups.ends[-1]], noise[:, : groups.ends[-1]])
+        else:
+            masked = views.hidden_as == "mask"
+            groups = replace(groups, passing=Passing(hidden, *views.skipped_blocks, masked))
+    student = noised(*seen, path, timesteps, groups)
     t = groups.broadcast(student.timesteps[..., None])
-    return Views(clean, noise, path, student, path.velocity(clean, noise, t))
+    return Views(clean, noise, path, student, path.velocity(*seen, t))

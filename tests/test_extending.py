@@ -23,6 +23,7 @@ LONGEST = 30
 TRAINING = {
     "partition": "--views.partition diagonal --partitions.diagonal.width 2",
     "schedule": "--views.timesteps nearby --schedules.nearby.distance 0.3",
+    "curriculum": "--views.curriculum halves-first --curriculums.halves-first.steps 2",
     "target": "--terms.alignment.target random-projection",
     "projector": "--terms.alignment.projector linear",
     "encoder": "--terms.alignment.target frozen-encoder --targets.frozen-encoder.encoders edges:7@16",

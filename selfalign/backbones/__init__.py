@@ -22,6 +22,14 @@ class BackboneConfig(Part):
 
     kind: ClassVar[str] = "backbone"
 
+    passes_by: ClassVar[bool] = False
+    """Whether tokens can pass by some of its blocks (`TokenGroups.passing`)."""
+
+    @property
+    def attends(self) -> bool:
+        """Whether its blocks attend to conditions that are texts (`Condition.attends`)."""
+        return False
+
     @abstractmethod
     def depth(self, model: ModelConfig) -> int:
         """Number of blocks."""

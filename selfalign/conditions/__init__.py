@@ -19,9 +19,13 @@ class Condition(Part):
 
     kind: ClassVar[str] = "condition"
 
+    attends: ClassVar[bool] = False
+    """Whether its embedder gives tokens besides a vector (`texts.Read`), which blocks attend to."""
+
     @abstractmethod
     def embedder(self, num_classes: int, hidden_size: int) -> nn.Module | None:
-        """The backbone's `y_embedder`: from a batch's condition to (B, D); None for no condition."""
+        """The backbone's `y_embedder`: from a batch's condition to (B, D), or to a `texts.Read`; None for no
+        condition."""
 
     @abstractmethod
     def null(self, condition: Any, num_classes: int) -> Any:

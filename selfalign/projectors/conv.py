@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from selfalign.parts import register
 from selfalign.projectors import Projector
@@ -31,6 +31,10 @@ class ConvProjector(Projector):
             "kernel",
             f"allowed are odd numbers from 1 to {MAX_KERNEL}",
         )
+
+    def check_in(self, config: Any) -> None:
+        """It runs over the whole grid."""
+        config.views.require_all_tokens(self)
 
     def build(self, width: int, target_width: int, grid: TokenGrid) -> nn.Module:
         """See `Projector.build`."""

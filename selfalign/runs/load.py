@@ -12,7 +12,7 @@ from torch import Tensor
 import selfalign
 from selfalign.config import ResolvedConfig, override, resolve
 from selfalign.data.datasets import open_data
-from selfalign.data.source import DataSource
+from selfalign.data.source import DataSource, as_pictures
 from selfalign.errors import UserError
 from selfalign.network import Backbone
 from selfalign.runs.folder import CHECKPOINTS, read_record
@@ -49,11 +49,11 @@ class LoadedRun:
 
     @functools.cached_property
     def image_shape(self) -> tuple[int, int, int]:
-        """C, H and W of a decoded image. Raises what `decode` raises."""
+        """C, H and W of a decoded sample as a picture. Raises what `decode` raises."""
         model = self.model
         with torch.no_grad():
             latent = torch.zeros(1, model.channels, *model.image_size, device=model.device)
-            channels, height, width = self.decode(latent).shape[1:]
+            channels, height, width = as_pictures(self.decode(latent)).shape[1:]
         return channels, height, width
 
     @functools.cached_property
@@ -104,6 +104,7 @@ def load_run(
     file = weights_file(weights, config.training.ema_decays)
     checkpoint = choose_checkpoint(folder / CHECKPOINTS, step, [file])
     model = build_student(resolved)
+    model.describe(record.class_names)
     load_weights(checkpoint, model, file)
     model.eval().requires_grad_(False)
     return LoadedRun(

@@ -229,6 +229,79 @@ def _mixing() -> Grid:
     )
 
 
+_QUARTER = {"views.mask_ratios": (0.25, 0.75)}
+_PARTITIONS: Mapping[str, Mapping[str, Any]] = {
+    "random": _QUARTER,
+    "blocks": {**_QUARTER, "views.partition": "blocks"},
+    "stripes": {**_QUARTER, "views.partition": "stripes"},
+    "checkerboard": {**_QUARTER, "views.partition": "checkerboard"},
+    "energy": {**_QUARTER, "views.partition": "energy"},
+    "clusters": {**_QUARTER, "views.partition": "clusters"},
+    "difficulty": {**_QUARTER, "views.partition": "difficulty"},
+    "hard first": {
+        **_QUARTER,
+        "views.partition": "difficulty",
+        "partitions.difficulty.first": "high",
+    },
+    "three groups": {"views.mask_ratios": (0.25, 0.25, 0.5)},
+    "four groups": {"views.mask_ratios": (0.25,) * 4},
+    "half to quarter": {
+        **_QUARTER,
+        "views.curriculum": "ramp",
+        "curriculums.ramp.mask_ratios": (0.5,),
+        "curriculums.ramp.steps": 200,
+    },
+    "whole images at first": {
+        **_QUARTER,
+        "views.curriculum": "ramp",
+        "curriculums.ramp.whole_image_fraction": 0.5,
+        "curriculums.ramp.steps": 200,
+    },
+    "bandit": {
+        **_QUARTER,
+        "views.curriculum": "bandit",
+        "curriculums.bandit.every": 25,
+        "curriculums.bandit.pairs": 200,
+    },
+    "smaller group counts double": {**_QUARTER, "terms.denoising.group_weights": (2.0, 1.0)},
+    "smaller group not scored": {**_QUARTER, "terms.denoising.group_weights": (0.0, 1.0)},
+    "a quarter dropped": {
+        "views.mask_ratios": (0.25, 0.5, 0.25),
+        "views.hidden_groups": 1,
+    },
+    "a quarter passes by": {
+        "views.mask_ratios": (0.25, 0.5, 0.25),
+        "views.hidden_groups": 1,
+        "views.skipped_blocks": (2, 5),
+        "terms.alignment.group_weights": (1.0, 1.0, 0.0),
+    },
+    "a quarter masked": {
+        "views.mask_ratios": (0.25, 0.5, 0.25),
+        "views.hidden_groups": 1,
+        "views.skipped_blocks": (1, 4),
+        "views.hidden_as": "mask",
+        "terms.denoising.group_weights": (1.0, 1.0, 0.1),
+        "terms.alignment.group_weights": (1.0, 1.0, 0.0),
+    },
+}
+"""What tokens are grouped by, and what becomes of a group; all else is sra-dts-as."""
+
+
+def _partitions() -> Grid:
+    """Does it matter which tokens share a timestep, how many groups there are, and what becomes of them?"""
+    baseline = "random"
+    variants = {name: Variant("sra-dts-as", settings) for name, settings in _PARTITIONS.items()}
+    effects = tuple(
+        Effect(
+            f"{name} or random", "Better than random groups of 1/4 and 3/4?", ((name, baseline),)
+        )
+        for name in variants
+        if name != baseline
+    )
+    table = _table("Partitions", "grouping", {name: name for name in variants})
+    return Grid("partitions", variants, (table,), effects, baseline)
+
+
 GRIDS: Mapping[str, tuple[Grid, int | None]] = {
     grid.name: (grid, seeds)
     for grid, seeds in (
@@ -244,6 +317,7 @@ GRIDS: Mapping[str, tuple[Grid, int | None]] = {
         (_whole_after(), 5),
         (_group_sizes(), 5),
         (_mixing(), 5),
+        (_partitions(), 3),
     )
 }
 """Grids by the name that the command line takes, each with its number of seeds where it has one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from selfalign.backbones import find_tap
@@ -104,12 +104,14 @@ class EMATarget(Target):
         Without groups it sees the whole image at one timestep; its tokens keep the student's order, so
         that features compare without sorting.
         """
-        groups, timesteps, interval = views.groups, draw.timesteps, draw.teacher_interval
+        groups = replace(views.groups, passing=None)
+        count = len(groups.sizes)  # those that the student sees
+        timesteps, interval = draw.timesteps[:, :count], draw.teacher_interval[:, :count]
         if not self.groups:
-            groups = TokenGroups(order=draw.order, sizes=(sum(groups.sizes),))
+            groups = TokenGroups(order=draw.order, sizes=(views.x0.shape[1],))
             timesteps, interval = timesteps[:, :1], interval[:, :1]
         if self.timestep == "below":
             timesteps = (timesteps - interval).clamp(0, 1)
         elif self.timestep == "minimum":
-            timesteps = draw.timesteps.amin(dim=1, keepdim=True).expand_as(timesteps)
+            timesteps = draw.timesteps[:, :count].amin(dim=1, keepdim=True).expand_as(timesteps)
         return views.at(timesteps, groups)

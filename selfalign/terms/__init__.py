@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from selfalign.parts import Part
 
@@ -17,6 +17,46 @@ if TYPE_CHECKING:
     from selfalign.config import ResolvedConfig, RunConfig
     from selfalign.network import Backbone, Tap
     from selfalign.objective import Pass
+    from selfalign.tokens import TokenGroups
+
+
+def over_groups(
+    loss: Callable[..., Tensor],
+    groups: TokenGroups,
+    weights: tuple[float, ...],
+    *features: Float[Tensor, "B N D"],
+) -> Tensor:
+    """Σ w_k·n_k·loss(group k) / Σ w_k·n_k: a mean over tokens that weighs each by its group.
+
+    Args:
+        loss: a mean over the tokens of the features that it is called with.
+        groups: that the features are in.
+        weights: of the groups; those of weight 0 are not scored. None at all: every token counts the same.
+        features: what is compared, in group order.
+    """
+    if not weights:
+        return loss(*features)
+    shares = [w * n for w, n in zip(weights, groups.sizes, strict=False)]
+    scored = [(share, part) for share, part in zip(shares, groups.slices, strict=True) if share]
+    parts = [share * loss(*(held[:, part] for held in features)) for share, part in scored]
+    return sum(parts[1:], start=parts[0]) / sum(share for share, _ in scored)
+
+
+def check_group_weights(term: Term, weights: tuple[float, ...], config: Any) -> None:
+    """Refuse weights of groups that are not there, and a sum of nothing."""
+    term.require(
+        all(weight >= 0 and math.isfinite(weight) for weight in weights),
+        "group_weights",
+        "allowed are numbers from 0, one per group",
+    )
+    for views in config.curriculum.all_views(config) if weights else ():
+        groups = len(views.mask_ratios)
+        seen = groups if views.skipped_blocks else groups - views.hidden_groups
+        term.require(
+            len(weights) == groups and any(weights[:seen]),
+            "group_weights",
+            f"allowed is one per group of views.mask_ratios, {groups}, and not 0 for all that are seen",
+        )
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from selfalign.backbones import find_tap
 from selfalign.parts import Part, chosen, register
-from selfalign.terms import Term
+from selfalign.terms import Term, check_group_weights, over_groups
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -74,14 +75,17 @@ class Alignment(Term):
     """What turns the student's features into the target's; none compares them as they are."""
     spatial_norm: Literal["none", "zscore"] = "none"
     """What is done to the target's features over the tokens of a sample; zscore is iREPA's."""
+    group_weights: tuple[float, ...] = ()
+    """Weight of a token in each group; 0: the group is not aligned. Left out: all the same."""
 
     def is_used(self, config: RunConfig) -> bool:
         """With a target."""
         return self.target != "none"
 
     def check_in(self, config: Any) -> None:
-        """The block must be there."""
+        """The block must be there, and a weight per group."""
         self.tap(config)
+        check_group_weights(self, self.group_weights, config)
 
     def tap(self, config: RunConfig) -> Tap:
         """Where the student's features are taken."""
@@ -130,12 +134,17 @@ class Alignment(Term):
         }
 
     def __call__(self, forward: Pass) -> Float[Tensor, ""]:
-        """The distance, averaged over tokens and over the target's parts."""
+        """The distance, averaged over the tokens that the student sees and over the target's parts."""
         config, output = forward.config, forward.output
         own = (HEAD, f"{PROJECTORS}.")
         students = [made for name, made in output.projected.items() if name.startswith(own)]
         students = students or [output.features[self.tap(config)]]
         target = normalised(self.spatial_norm, forward.targets[self.target])
+        target = target[:, : students[0].shape[1]]  # hidden tokens come last
         targets = target.split([student.shape[2] for student in students], dim=2)
-        distances = [distance(self.distance, *pair) for pair in zip(students, targets, strict=True)]
+        groups, between = forward.views.groups, partial(distance, self.distance)
+        distances = [
+            over_groups(between, groups, self.group_weights, *pair)
+            for pair in zip(students, targets, strict=True)
+        ]
         return sum(distances[1:], start=distances[0]) / len(distances)

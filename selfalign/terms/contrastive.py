@@ -29,7 +29,8 @@ class Contrastive(Term):
     """Weight lambda; DeltaFM's is 0.05."""
 
     def check_in(self, config: Any) -> None:
-        """There must be another sample."""
+        """There must be another sample, compared place by place."""
+        config.views.require_all_tokens(self)
         training = config.training
         images = training.batch_size // training.gradient_accumulation
         if images < 2:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from selfalign.parts import register
-from selfalign.terms import Term
+from selfalign.terms import Term, check_group_weights, over_groups
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 class Denoising(Term):
     """Squared error of the velocity, L_gen. Every objective has it."""
 
+    group_weights: tuple[float, ...] = ()
+    """Weight of a token in each group; 0: the group is noised and seen but not scored. Left out: all the
+    same."""
+
+    def check_in(self, config: Any) -> None:
+        """A weight per group."""
+        check_group_weights(self, self.group_weights, config)
+
     def is_used(self, config: RunConfig) -> bool:
         """Always."""
         return True
@@ -29,4 +37,11 @@ class Denoising(Term):
         """The mean over tokens and channels, per sample."""
         from selfalign.flow import velocity_error
 
-        return velocity_error(forward.output.velocity, forward.views.target)
+        views = forward.views
+        return over_groups(
+            velocity_error,
+            views.groups,
+            self.group_weights,
+            forward.output.velocity,
+            views.target,
+        )

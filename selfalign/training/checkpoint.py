@@ -55,6 +55,8 @@ class CheckpointState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Steps left out because they were not finite."""
     optimizer: str | None = None
     """Name of the optimizer; None in checkpoints that did not record it."""
+    curriculum: dict[str, Any] | None = None
+    """What a learned curriculum has learnt."""
 
 
 class Checksums(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from selfalign.config import ResolvedConfig
+from selfalign.curriculums import Learner
 from selfalign.data.source import DataSource, Features
 from selfalign.data.stream import BatchOfMicroStep, training_batches
 from selfalign.errors import Interrupted, UserError
@@ -39,6 +40,7 @@ from selfalign.training.checkpoint import (
 )
 from selfalign.training.ema import EMA
 from selfalign.training.finite import explain
+from selfalign.training.heldout import heldout_loss
 from selfalign.training.step import TrainingStep, learning_rate, make_optimizer
 from selfalign.training.tracking import Metrics
 
@@ -65,6 +67,8 @@ class TrainingState:
     """Whether the monitors of the step that a run goes on from are through."""
     skipped: int = 0
     """Steps left out because they were not finite."""
+    learner: Learner | None = None
+    """What chooses how batches are grouped, where that is learnt."""
     stopped_by: int | None = None
     """The signal that stopped the run before its last step."""
     metrics: Metrics | None = field(default=None, repr=False)
@@ -108,11 +112,15 @@ def begin(
     """
     training = config.training
     student = build_student(config).to(accelerator.device)
+    student.describe(source.class_names)
     decays = training.ema_decays
     ema, *further = (EMA(student, decay, training.ema_warmup) for decay in decays)
     averages = {weights_file(f"ema:{each.decay!r}", decays): each for each in further}
     optimizer = make_optimizer(config, student)
-    state = TrainingState(config, source, folder, accelerator, student, ema, optimizer, averages)
+    learner = config.curriculum.learner(config)
+    state = TrainingState(
+        config, source, folder, accelerator, student, ema, optimizer, averages, learner=learner
+    )
     if checkpoint is not None:
         with together(accelerator):
             _restore(state, checkpoint)
@@ -154,6 +162,7 @@ def train(
         state.optimizer,
         state.skipped,
         tuple(state.averages.values()),
+        state.learner,
     )
     with together(accelerator):
         if accelerator.is_main_process and not _is_finished(state):
@@ -209,10 +218,27 @@ def train(
             elif accelerator.num_processes == 1:
                 state.stopped_by = _agreed_stop_signal(accelerator, signals)
             before = time.perf_counter()
+            _teach(state)
             _run_monitors(state, monitors, failed, take_step)
             started += time.perf_counter() - before  # monitors do not count as training time
     state.metrics.close()
     return state
+
+
+def _teach(state: TrainingState) -> None:
+    """Tell a learned curriculum what the last steps brought, where they are over; all processes agree."""
+    learner = state.learner
+    if learner is None or state.step % learner.every != 0:
+        return
+    state.student.eval()
+    try:
+        loss = heldout_loss(
+            state.student, state.source.train, state.config.flow.path, learner.pairs
+        ).overall
+    finally:
+        state.student.train()
+    shared = torch.tensor(loss, dtype=torch.float32, device=state.accelerator.device)
+    learner.observe(float(state.accelerator.reduce(shared, "mean")))
 
 
 def _stored_features(config: ResolvedConfig, source: DataSource) -> dict[str, Features]:
@@ -238,6 +264,8 @@ def _restore(state: TrainingState, checkpoint: Path) -> None:
     load_optimizer(checkpoint, state.student, state.optimizer)
     state.step = state.saved_step = saved.step
     state.skipped = saved.skipped
+    if state.learner is not None:
+        state.learner.load(saved.curriculum or {})
     state.monitored = is_monitored(checkpoint)
     if state.accelerator.scaler is not None and saved.scaler:
         state.accelerator.scaler.load_state_dict(saved.scaler)
@@ -257,6 +285,7 @@ def _save(state: TrainingState) -> None:
                 scaler.state_dict() if scaler is not None else None,
                 state.skipped,
                 state.config.training.optimizer,
+                None if state.learner is None else dict(state.learner.state()),
             ),
             state.config.training.keep_checkpoints,
             {file: average.model for file, average in state.averages.items()},

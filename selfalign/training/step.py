@@ -16,19 +16,21 @@ from selfalign.memory import keep_freed_memory
 from selfalign.network import Backbone
 from selfalign.objective import Losses, Objective
 from selfalign.randomness import make_generator
-from selfalign.sections import TrainingConfig
+from selfalign.sections import TrainingConfig, ViewsConfig
 from selfalign.training.ema import EMA
 from selfalign.training.finite import FiniteSteps
 from selfalign.views import draw_views
 
 if TYPE_CHECKING:  # a step by itself needs no images and no files
+    from selfalign.curriculums import Learner
     from selfalign.data.batch import Batch
 
 
 def make_optimizer(config: RunConfig, student: nn.Module) -> torch.optim.Optimizer:
-    """The chosen optimizer over all of the student's parameters."""
+    """The chosen optimizer over the student's parameters, but for frozen ones."""
     chosen = config.optimizers[config.training.optimizer]
-    return chosen.build(config.training, student.named_parameters())
+    trained = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+    return chosen.build(config.training, trained)
 
 
 def learning_rate(training: TrainingConfig, step: int) -> float:
@@ -52,6 +54,7 @@ class TrainingStep:
         optimizer: over the student's parameters.
         skipped: steps left out before as not finite.
         averages: further ones that follow the student.
+        learner: what chooses how batches are grouped, where that is learnt.
     """
 
     def __init__(
@@ -63,11 +66,13 @@ class TrainingStep:
         optimizer: torch.optim.Optimizer,
         skipped: int = 0,
         averages: Sequence[EMA[Backbone]] = (),
+        learner: Learner | None = None,
     ) -> None:
         if accelerator.device.type == "cpu":
             keep_freed_memory()
         self.config, self.accelerator = config, accelerator
         self.student, self.ema, self.averages = student, ema, averages
+        self.learner = learner
         self._parameters = list(student.parameters())
         self._model: nn.Module
         self._model, self._optimizer = accelerator.prepare(student, optimizer)
@@ -103,9 +108,19 @@ class TrainingStep:
         rank, device = self.accelerator.process_index, self.accelerator.device
         generator = make_generator(self.config.seed, "views", micro_step, rank, device=device)
         x0, labels, features = batch
-        draw = draw_views(self.config, x0, generator)
+        views = self.views(step)
+        asks = self.config.partition_of(views).asks_teacher
+        teacher = (self.ema.model, labels) if asks else (None, None)
+        with self.accelerator.autocast() if asks else nullcontext():
+            draw = draw_views(self.config, x0, generator, views, *teacher)
         with self.accelerator.autocast():
             return self.objective(self._model, self.ema.model, x0, labels, draw, step, features)
+
+    def views(self, step: int) -> ViewsConfig:
+        """How the batch of a step is grouped."""
+        if self.learner is not None:
+            return self.learner.views()
+        return self.config.curriculum.views(self.config, step)
 
     def update(self, step: int, losses: Sequence[Losses]) -> Tensor:
         """Clip, move the weights, and let the average follow. Returns the gradient's norm."""

@@ -14,10 +14,12 @@ from selfalign.partitions.blocks import Blocks
 from selfalign.partitions.checkerboard import Checkerboard
 from selfalign.partitions.random import Random
 from selfalign.partitions.stripes import Stripes
+from selfalign.partitions.tubes import Tubes
 from selfalign.tokens import group_sizes
 from selfalign.views import make_views
 
-NAMES = ("blocks", "checkerboard", "random", "stripes")
+NAMES = ("blocks", "checkerboard", "random", "stripes", "tubes")
+BY_CONTENT = ("clusters", "difficulty", "energy")  # test_content.py
 GRIDS = [(24,), (6, 8), (2, 3, 4)]
 SETTINGS = [
     Random(),
@@ -29,6 +31,7 @@ SETTINGS = [
     Stripes(axis=2, width=3),
     Checkerboard(),
     Checkerboard(field=2),
+    Tubes(),
 ]
 
 
@@ -38,7 +41,7 @@ def order_of(partition, shape, sizes, batch=16, seed=0):
 
 
 def test_these_are_all():
-    assert set(parts.names("partition")) == set(NAMES)
+    assert set(parts.names("partition")) == {*NAMES, *BY_CONTENT}
 
 
 @pytest.mark.parametrize("partition", SETTINGS, ids=repr)
@@ -117,7 +120,7 @@ def test_partitions_share_noise_and_the_first_groups_timesteps(names):
 @pytest.mark.parametrize(
     ("setting", "value", "words"),
     [
-        ("views.partition", "rings", ["rings", "blocks, checkerboard, random, stripes"]),
+        ("views.partition", "rings", ["rings", "blocks, checkerboard, clusters"]),
         ("partitions.blocks.largest_aspect", 0.5, ["0.5", "from 1"]),
         ("partitions.stripes.axis", 3, ["3", "0 (rows"]),
         ("partitions.stripes.axis", -1, ["-1"]),

@@ -10,6 +10,7 @@ from selfalign.partitions.blocks import Blocks
 from selfalign.partitions.checkerboard import Checkerboard
 from selfalign.partitions.random import Random
 from selfalign.partitions.stripes import Stripes
+from selfalign.partitions.tubes import Tubes
 
 
 def group_of_token(partition, shape, sizes, batch=200, seed=0):
@@ -119,6 +120,17 @@ class TestStripes:
         groups = group_of_token(Stripes(), (8, 8), sizes)
         mixed = (groups != groups[:, :, :1]).any(dim=2).sum(dim=1)
         assert (mixed <= len(sizes) - 1).all()
+
+
+class TestTubes:
+    def test_are_the_same_places_at_all_times(self):
+        groups = group_of_token(Tubes(), (4, 3, 3), (12, 24))
+        assert torch.equal(groups, groups[:, :1].expand_as(groups))
+
+    def test_every_place_is_as_likely_as_any_other(self):
+        groups = group_of_token(Tubes(), (2, 2, 4), (4, 12), batch=4000)
+        share = (groups[:, 0] == 0).float().mean(dim=0)
+        assert (share - 0.25).abs().max() < 4 * (0.25 * 0.75 / 4000) ** 0.5
 
 
 class TestCheckerboard:

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 class SiTConfig(BackboneConfig):
     """SiT (arXiv:2401.08740) of the size that `model.size` names."""
 
+    passes_by = True
+
+    @property
+    def attends(self) -> bool:
+        """By cross-attention."""
+        return True
+
     def check_in(self, config: Any) -> None:
         """The size must be one that has a name."""
         parse_size(config.model.size)
@@ -54,4 +61,5 @@ class SiTConfig(BackboneConfig):
             condition=config.condition,
             qk_norm=model.qk_norm,
             gradient_checkpointing=model.gradient_checkpointing,
+            mask_token=config.views.hidden_as == "mask",
         )

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from selfalign import ops
@@ -15,6 +16,7 @@ from selfalign.embedders import TimestepEmbedder, position_embedding
 from selfalign.heads import ProjectionHead
 from selfalign.network import Backbone, Hidden, Tap
 from selfalign.ops.modules import Linear
+from selfalign.texts import Read, attend
 from selfalign.tokens import TokenGrid, TokenGroups
 
 
@@ -65,6 +67,23 @@ class Attention(nn.Module):
         return torch.stack([q, k, v], dim=2).flatten(2)
 
 
+class CrossAttention(nn.Module):
+    """Tokens attend to a text, whatever group they are in; it starts by adding nothing."""
+
+    def __init__(self, hidden_size: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = Linear(hidden_size, hidden_size)
+        self.kv = Linear(hidden_size, 2 * hidden_size)
+        self.proj = Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Float[Tensor, "B N D"], text: Read) -> Float[Tensor, "B N D"]:
+        """What the text says to each token."""
+        q = self.q(functional.layer_norm(x, x.shape[-1:], eps=1e-6))
+        k, v = self.kv(text.tokens).chunk(2, dim=-1)
+        return self.proj(attend(q, k, v, self.heads, text.present))
+
+
 class Mlp(nn.Module):
     """Two linear layers with a tanh-approximated GELU between them."""
 
@@ -79,22 +98,34 @@ class Mlp(nn.Module):
 
 
 class SiTBlock(nn.Module):
-    """A transformer block with adaLN-Zero conditioning (DiT, Fig. 3), one condition per group."""
+    """A transformer block with adaLN-Zero conditioning (DiT, Fig. 3), one condition per group.
 
-    def __init__(self, hidden_size: int, heads: int, qk_norm: bool = False) -> None:
+    Between its two halves tokens attend to a text, in models that are conditioned on such.
+    """
+
+    def __init__(
+        self, hidden_size: int, heads: int, qk_norm: bool = False, reads: bool = False
+    ) -> None:
         super().__init__()
         self.attn = Attention(hidden_size, heads, qk_norm)
+        self.cross = CrossAttention(hidden_size, heads) if reads else None
         self.mlp = Mlp(hidden_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 6 * hidden_size))
 
     def forward(
-        self, x: Float[Tensor, "B N D"], condition: Float[Tensor, "B K D"], groups: TokenGroups
+        self,
+        x: Float[Tensor, "B N D"],
+        condition: Float[Tensor, "B K D"],
+        groups: TokenGroups,
+        text: Read | None = None,
     ) -> Float[Tensor, "B N D"]:
         """x + gate·attn(norm(x)), then x + gate·mlp(norm(x)), each norm scaled and shifted."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, -1)
         sizes = groups.sizes
         attended = self.attn(ops.modulated_norm(x, shift1, scale1, sizes), groups)
         x = ops.gated_residual(x, gate1, attended, sizes)
+        if self.cross is not None and text is not None:
+            x = x + self.cross(x, text)
         fed_forward = self.mlp(ops.modulated_norm(x, shift2, scale2, sizes))
         return ops.gated_residual(x, gate2, fed_forward, sizes)
 
@@ -131,6 +162,7 @@ class SiT(Backbone):
         gradient_checkpointing: recompute blocks in the backward pass.
         out_channels: channels per patch position of the output; released models with learned sigma
             have 2·C, of which the first C are the velocity.
+        mask_token: whether there is a token that stands for hidden ones.
         projection_head: of version 0.1.0, and deprecated: a head `ap_head` on the last block. Now terms of
             the objective add the heads that they need (`add_head`).
     """
@@ -151,6 +183,7 @@ class SiT(Backbone):
         qk_norm: bool = False,
         gradient_checkpointing: bool = False,
         out_channels: int | None = None,
+        mask_token: bool = False,
         projection_head: bool = False,
     ) -> None:
         condition = Label() if condition is None else condition
@@ -161,7 +194,11 @@ class SiT(Backbone):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = condition.embedder(num_classes, hidden_size)
         self.register_buffer("pos_embed", position_embedding(hidden_size, self.grid))
-        self.blocks = nn.ModuleList(SiTBlock(hidden_size, heads, qk_norm) for _ in range(depth))
+        self.mask_token = nn.Parameter(torch.zeros(hidden_size)) if mask_token else None
+        reads = condition.attends and self.y_embedder is not None
+        self.blocks = nn.ModuleList(
+            SiTBlock(hidden_size, heads, qk_norm, reads) for _ in range(depth)
+        )
         patch_values = self.grid.patch_positions * (out_channels or channels)
         self.final_layer = FinalLayer(hidden_size, patch_values)
         if projection_head:
@@ -182,9 +219,10 @@ class SiT(Backbone):
             if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
         for name, parameter in self.named_parameters():
-            if name.endswith(".bias") or ".adaLN_modulation." in name or "final_layer" in name:
+            starts_at_zero = (".adaLN_modulation.", "final_layer", ".cross.proj.")
+            if name.endswith(".bias") or any(part in name for part in starts_at_zero):
                 nn.init.zeros_(parameter)
-            elif name.startswith(("t_embedder.", "y_embedder.")):
+            elif name.startswith(("t_embedder.", "y_embedder.", "mask_token")):
                 nn.init.normal_(parameter, std=0.02, generator=generator)
 
     def velocity_head(self) -> nn.Module:
@@ -201,17 +239,36 @@ class SiT(Backbone):
         last: int | None = None,
     ) -> Hidden:
         """See `Backbone.transform`."""
-        x = self.x_embedder(tokens) + groups.sort(self.pos_embed)
+        x = self.x_embedder(tokens)
+        if groups.passing is not None and groups.passing.masked:
+            kept = sum(groups.sizes[: -groups.passing.groups])
+            assert self.mask_token is not None
+            x = torch.cat([x[:, :kept], self.mask_token.expand_as(x[:, kept:])], dim=1)
+        x = x + groups.sort(self.pos_embed)
         embedded = self.t_embedder(timesteps)
+        text: tuple[Read, ...] = ()
         if self.y_embedder is not None:
-            embedded = embedded + self.y_embedder(condition)[:, None]
+            label = self.y_embedder(condition)
+            if isinstance(label, Read):
+                text, label = (label,), label.vector
+            embedded = embedded + label[:, None]
         features: dict[Tap, Tensor] = {}
         for number, block in enumerate(self.blocks[:last], 1):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, embedded, groups, use_reentrant=False)
-            else:
-                x = block(x, embedded, groups)
+            seen = groups.in_block(number)
+            if seen is groups:
+                x = self._run(block, x, embedded, groups, *text)
+            else:  # the last groups pass by
+                kept = seen.ends[-1]
+                condition_of_kept = embedded[:, : len(seen.sizes)]
+                worked_on = self._run(block, x[:, :kept], condition_of_kept, seen, *text)
+                x = torch.cat([worked_on, x[:, kept:]], dim=1)
             if number in taps:
                 features[number] = x
         velocity = self.final_layer(x, embedded, groups) if last is None else None
         return Hidden(velocity, features, embedded)
+
+    def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
+        """A block, which the backward pass runs again where memory is scarce."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)

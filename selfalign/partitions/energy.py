@@ -1,0 +1,29 @@
+"""Groups by the energy of tokens: detail apart from background."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from selfalign.partitions.ranked import Ranked
+from selfalign.parts import register
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from selfalign.partitions import Scene
+
+
+@register("energy")
+@dataclass(frozen=True)
+class Energy(Ranked):
+    """Tokens that differ much from their sample's mean are apart from those that do not."""
+
+    def scores(self, scene: Scene) -> Float[Tensor, "B N"] | None:
+        """The mean square of a clean patch, less the sample's mean of every channel."""
+        if scene.x0 is None:
+            return None
+        sides = tuple(range(2, scene.x0.ndim))
+        centred = scene.x0 - scene.x0.mean(dim=sides, keepdim=True)
+        return scene.grid.patchify(centred).square().mean(dim=2)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -19,7 +19,7 @@ SAMPLES, SETTINGS, GRID = "samples.npz", "sampling.json", "grid.png"
 @dataclass(frozen=True)
 class SampleArguments:
     """Sample from a run: writes samples.npz (arr_0 uint8 NHWC, arr_1 labels), grid.png and
-    sampling.json."""
+    sampling.json. Signals are floats (M, L, C), videos bytes (M, T, H, W, C) with grid.gif."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
@@ -33,6 +33,8 @@ class SampleArguments:
     labels: Literal["random", "balanced"] | tuple[int, ...] = "random"
     """Classes: drawn at random, balanced (sample i has class i modulo their number), or given ones,
     repeated in order over the samples."""
+    prompts: tuple[str, ...] = ()
+    """Texts in the place of labels, repeated in order over the samples, for a model that reads texts."""
     batch_size: int = 100
     """Samples at once; has no effect on the samples."""
     weights: str = "ema"
@@ -61,6 +63,22 @@ def sample_command(arguments: Sequence[str]) -> int:
     return _sample(parsed, restore(parsed.sampling, SamplingConfig()))
 
 
+def _told(run: Any, parsed: SampleArguments) -> tuple[int, ...]:
+    """Tell a model what it is to draw, and return the numbers that stand for it.
+
+    Args:
+        run: a `LoadedRun`.
+        parsed: the options.
+    """
+    if not run.model.condition.attends:
+        raise UserError(f"--prompts: the model of {parsed.run} reads no texts; --labels it knows")
+    if parsed.labels != "random":
+        raise UserError("--prompts and --labels: allowed is one of them")
+    run.model.describe(run.class_names, parsed.prompts)
+    first = run.model.num_classes + 1
+    return tuple(range(first, first + len(parsed.prompts)))
+
+
 def _sample(parsed: SampleArguments, sampling: SamplingConfig) -> int:
     """Imports what takes time once the options have been read."""
     import math
@@ -72,13 +90,15 @@ def _sample(parsed: SampleArguments, sampling: SamplingConfig) -> int:
     from selfalign.processes import open_accelerator
     from selfalign.records import write_json
     from selfalign.runs.load import load_run, sampling_record
-    from selfalign.sampling.generate import LABEL_BYTES, check_sampling, generate, to_uint8
-    from selfalign.sampling.pictures import draw_samples
+    from selfalign.sampling.generate import LABEL_BYTES, check_sampling, generate
+    from selfalign.sampling.output import as_array, draw_set
 
-    labels = parsed.labels
+    labels: Any = parsed.labels
     device = open_accelerator().device
     run = load_run(parsed.run, parsed.weights, device, step=parsed.step, data_root=parsed.data.root)
     check_sampling(run.model, sampling, run.config.views.class_dropout, labels)
+    if parsed.prompts:
+        labels = _told(run, parsed)
     size = parsed.num * (math.prod(run.image_shape) + LABEL_BYTES)
     require_writable(parsed.out)
     for name in (SAMPLES, SETTINGS, GRID):
@@ -100,16 +120,19 @@ def _sample(parsed: SampleArguments, sampling: SamplingConfig) -> int:
             separate=run.config.views.attention == "separated",
         )
         for batch in batches:
-            images.append(to_uint8(run.decode(batch.images)).cpu())
+            images.append(as_array(run.decode(batch.images)))
             chosen.append(batch.labels)
             bar.update(task, advance=len(batch.indices))
-    arr_0 = np.concatenate([part.permute(0, 2, 3, 1).numpy() for part in images])
+    arr_0 = np.concatenate(images)
     arr_1 = np.concatenate([part.numpy() for part in chosen])
-    record = sampling_record(run, sampling, weights=parsed.weights, num=parsed.num, labels=labels)
+    told = {"prompts": parsed.prompts} if parsed.prompts else {"labels": labels}
+    record = sampling_record(run, sampling, weights=parsed.weights, num=parsed.num, **told)
     names = run.class_names if run.model.num_classes else ()
+    if parsed.prompts:
+        names, arr_1 = parsed.prompts, arr_1 - run.model.num_classes - 1
     write_arrays(parsed.out / SAMPLES, {"arr_0": arr_0, "arr_1": arr_1})
     write_json(parsed.out / SETTINGS, record)
-    draw_samples(parsed.out / GRID, arr_0, arr_1, names)
+    draw_set(parsed.out / GRID, arr_0, arr_1, names, run.model.condition.attends)
     console.print(
         f"{parsed.num} samples from step {run.step} ({parsed.weights} weights): "
         f"{parsed.out / 'samples.npz'}, {parsed.out / 'grid.png'}"

@@ -80,7 +80,7 @@ def in_memory(
     heldout_labels: Tensor,
     class_names: Sequence[str],
 ) -> DataSource:
-    """A data set of images (M, C, H, W) that are all in memory: bytes, or floats in [-1, 1].
+    """A data set of samples (M, C, *sides) that are all in memory: bytes, or floats in [-1, 1].
 
     Args:
         config: `flip` is used.
@@ -91,12 +91,12 @@ def in_memory(
     digest = hashlib.sha256()
     for tensor in (images, labels, heldout_images, heldout_labels):
         digest.update(tensor.numpy().tobytes())
-    _, channels, height, width = images.shape
+    _, channels, *sides = images.shape
     return DataSource(
         train=MemorySplit(images, labels, config.flip),
         heldout=MemorySplit(heldout_images, heldout_labels),
         channels=channels,
-        image_size=(height, width),
+        image_size=tuple(sides),
         class_names=tuple(class_names),
         fingerprint=digest.hexdigest()[:16],
     )

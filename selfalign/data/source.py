@@ -69,6 +69,23 @@ def _identity(images: Tensor) -> Tensor:
     return images
 
 
+def as_pictures(samples: Float[Tensor, "B C *sides"]) -> Float[Tensor, "B C H W"]:
+    """Samples of any kind as pictures: those who look at pictures can look at all.
+
+    Images stay as they are. A signal's channels are the rows of a grey picture, and a video's frames stand
+    below each other.
+    """
+    if samples.ndim == 3:
+        return samples[:, None]
+    return samples.flatten(2, 3) if samples.ndim == 5 else samples
+
+
+def picture_shape(channels: int, sides: Sequence[int]) -> tuple[int, int, int]:
+    """C, H and W of what `as_pictures` makes of samples."""
+    _, found, height, width = as_pictures(torch.empty(1, channels, *sides, device="meta")).shape
+    return found, height, width
+
+
 @dataclass(frozen=True)
 class DataSource:
     """A data set: its two splits and what the model needs to know of it.
@@ -80,7 +97,8 @@ class DataSource:
     train: Split
     heldout: Split
     channels: int
-    image_size: tuple[int, int]
+    image_size: tuple[int, ...]
+    """Height and width; one length of signals, frames before them of videos."""
     class_names: tuple[str, ...]
     """Names by label; empty for a set without classes."""
     fingerprint: str
@@ -91,6 +109,11 @@ class DataSource:
     """Of which files it is made, where it is made of files that may change one by one."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """How many files or rows are not part of it, by what they are."""
+
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """C, H and W of a sample as a picture."""
+        return picture_shape(self.channels, self.image_size)
 
     @property
     def num_classes(self) -> int:
@@ -113,7 +136,7 @@ class MemorySplit:
     """Images held in memory, as bytes or as floats in [-1, 1]."""
 
     reads_in_threads: ClassVar[bool] = False
-    images: UInt8[Tensor, "M C H W"] | Float[Tensor, "M C H W"]
+    images: UInt8[Tensor, "M C *sides"] | Float[Tensor, "M C *sides"]
     labels: Int[Tensor, "M"]
     flip: bool = False
 
@@ -130,7 +153,8 @@ class MemorySplit:
             images = images.float() / 127.5 - 1
         if self.flip and seeds is not None:
             mirrored = torch.tensor([bool(seed & 1) for seed in seeds])
-            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+            mirrored = mirrored.view(-1, *[1] * (images.ndim - 1))
+            images = torch.where(mirrored, images.flip(-1), images)
         return images, self.labels[chosen]
 
 

@@ -114,9 +114,10 @@ def get_classifier(
         UserError: the data set has no classes to tell apart.
     """
     require_classes(source, name)
+    channels, *sides = source.picture_shape
     classifier = Classifier(
-        source.channels,
-        min(source.image_size),
+        channels,
+        min(sides),
         source.num_classes,
         make_generator(seed, "classifier"),
     )

@@ -19,7 +19,7 @@ def check_fit(setup: Setup) -> dict[str, int]:
     reference, samples, data = setup.reference, setup.samples, setup.source
     images = reference.images
     if setup.network.name == "classifier" and data is not None:
-        shape = (data.channels, *data.image_size)
+        shape = data.picture_shape
         for name, found in ((reference.name, images), (str(setup.subject), samples)):
             if found is not None and found.shape != shape:
                 raise UserError(

@@ -157,7 +157,7 @@ def open_split(name: str, source: DataSource, half: Literal["training", "held-ou
     return ImageSet(
         name=f"{name} ({half} images)",
         count=len(split),
-        shape=(source.channels, *source.image_size),
+        shape=source.picture_shape,
         fingerprint=f"{source.fingerprint}:{half}",
         reader=lambda indices: to_uint8(split.read(indices)[0]),
     )

@@ -13,7 +13,7 @@ import torch
 from selfalign.config import ResolvedConfig
 from selfalign.data.source import DataSource
 from selfalign.network import Backbone
-from selfalign.sampling.generate import generate, to_uint8
+from selfalign.sampling.generate import generate
 from selfalign.sampling.settings import SamplingConfig
 from selfalign.sections import TrainingConfig
 from selfalign.training.heldout import heldout_loss
@@ -23,6 +23,8 @@ from selfalign.training.tracking import read_metrics
 GRID_ROWS = 6
 GRID_GUIDANCE = 2.0
 GRID_STEPS = 25
+CAPTIONED = 40
+"""Images above captions, of a model that reads texts."""
 
 
 def default_monitors(training: TrainingConfig) -> Sequence[Monitor]:
@@ -93,9 +95,18 @@ class CurvesMonitor:
 def draw_sample_grid(
     path: Path, model: Backbone, config: ResolvedConfig, source: DataSource, title: str
 ) -> None:
-    """Save a grid with a class per column: unguided, and guided where the model allows it."""
-    from selfalign.sampling.pictures import column_labels, column_names, draw_grids
+    """Save a grid with a class per column: unguided, and guided where the model allows it.
 
+    Of a model that reads texts: images above captions, guided.
+    """
+    from selfalign.sampling.kinds import draw_captioned, draw_panels
+    from selfalign.sampling.pictures import column_labels, column_names
+
+    if model.condition.attends and model.num_classes:
+        captions = column_labels(model.num_classes, CAPTIONED) or []
+        images = _samples(model, config, source, GRID_GUIDANCE, captions, len(captions))
+        names = column_names(captions, source.class_names)
+        return draw_captioned(path, images, names, f"{title}, guidance {GRID_GUIDANCE:g}")
     labels = column_labels(model.num_classes)
     columns = column_names(labels, source.class_names) if labels else [""] * 8
     scales = [1.0]
@@ -103,12 +114,21 @@ def draw_sample_grid(
         scales.append(GRID_GUIDANCE)
     panels = {}
     for scale in scales:
-        sampling = SamplingConfig(solver="heun", steps=GRID_STEPS, guidance_scale=scale)
-        count = GRID_ROWS * len(columns)
-        batches = generate(
-            model, config.flow.path, sampling, count, batch_size=count, labels=labels
-        )
-        images = torch.cat([source.decode(batch.images) for batch in batches])
         name = "unguided" if scale == 1 else f"guidance {scale:g}"
-        panels[name] = to_uint8(images).cpu()
-    draw_grids(path, panels, columns, title)
+        count = GRID_ROWS * len(columns)
+        panels[name] = _samples(model, config, source, scale, labels, count)
+    draw_panels(path, panels, columns, title)
+
+
+def _samples(
+    model: Backbone,
+    config: ResolvedConfig,
+    source: DataSource,
+    scale: float,
+    labels: Sequence[int] | None,
+    count: int,
+) -> torch.Tensor:
+    """Decoded samples, always from the same noise."""
+    sampling = SamplingConfig(solver="heun", steps=GRID_STEPS, guidance_scale=scale)
+    batches = generate(model, config.flow.path, sampling, count, batch_size=count, labels=labels)
+    return torch.cat([source.decode(batch.images) for batch in batches]).cpu()

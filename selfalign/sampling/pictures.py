@@ -53,30 +53,31 @@ def draw_grids(
     rows, side = len(first) // count, 0.5
     size = (len(panels) * count * side + 0.4, rows * side * first.shape[2] / first.shape[3] + 1.0)
     figure = Figure(figsize=(max(4.0, size[0]), size[1]), dpi=144, layout="constrained")
-    figure.suptitle(_shown(title), fontsize=9)
+    figure.suptitle(shown(title), fontsize=9)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (name, images) in zip(axes, panels.items(), strict=True):
         axis.imshow(tile(images, count), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         width = images.shape[3] + 1
         places = [width * (k + 0.5) for k in range(count)]
-        axis.set_xticks(places, [_shown(name, 24) for name in columns], fontsize=8)
+        axis.set_xticks(places, [shown(name, 24) for name in columns], fontsize=8)
         axis.xaxis.tick_top()
         axis.set_yticks([])
         axis.tick_params(length=0)
         axis.set_title(name, fontsize=9)
         for spine in axis.spines.values():
             spine.set_visible(False)
-    _save(path, figure)
+    save(path, figure)
 
 
-def _shown(text: str, most: int = 80) -> str:
+def shown(text: str, most: int = 80) -> str:
     """Text as one short line that matplotlib shows as it is: names of files may hold anything."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     line = line if len(line) <= most else line[: most - 1] + "…"
     return line.replace("$", r"\$")  # a $ in a name begins no formula
 
 
-def _save(path: Path, figure: Figure) -> None:
+def save(path: Path, figure: Figure) -> None:
+    """Write a figure, whole or not at all."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of letters that the font lacks: they are drawn as boxes
         write_whole(path, figure.savefig)
@@ -131,7 +132,7 @@ def draw_curves(path: Path, metrics: Sequence[Mapping[str, Any]], title: str) ->
         title: stands above all.
     """
     figure = Figure(figsize=(11, 3.2), dpi=144, layout="constrained")
-    figure.suptitle(_shown(title), fontsize=9)
+    figure.suptitle(shown(title), fontsize=9)
     losses, heldout, by_timestep = figure.subplots(1, 3)
     training = [line for line in metrics if "loss" in line]
     terms = dict.fromkeys(name for line in training for name in line if name.endswith("_loss"))
@@ -163,7 +164,7 @@ def draw_curves(path: Path, metrics: Sequence[Mapping[str, Any]], title: str) ->
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize=8)
-    _save(path, figure)
+    save(path, figure)
 
 
 def _smooth(values: Sequence[float], window: float = 0.05) -> list[float]:

@@ -1,0 +1,130 @@
+"""Pictures by kind: lines of signals, moving pictures of videos, images above their captions."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, UInt8
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from selfalign.data.source import as_pictures
+from selfalign.disk import write_whole
+from selfalign.sampling.pictures import draw_grids, save, shown, tile
+
+MILLISECONDS = 120
+"""Each frame of a moving picture is shown for so long."""
+CAPTION_COLUMNS = 8
+CAPTION_WIDTH = 16
+ENLARGED = 96
+"""Height in pixels to which the images of a moving picture are enlarged at least."""
+
+
+def draw_panels(
+    path: Path,
+    panels: Mapping[str, Float[Tensor, "M C *sides"]],
+    columns: Sequence[str],
+    title: str,
+) -> None:
+    """Save samples of any kind, a panel per entry, with a name above every column.
+
+    Videos also get a moving picture beside it, `PATH.gif`, whose frames are grids; the picture itself shows
+    each video's frames below each other.
+
+    Args:
+        path: the picture's file.
+        panels: samples in [-1, 1] by panel title, row by row; M is a multiple of the number of columns.
+        columns: names of the columns.
+        title: stands above all.
+    """
+    first = next(iter(panels.values()))
+    if first.ndim == 3:
+        return draw_lines(path, panels, columns, title)
+    if first.ndim == 5:
+        draw_moving(path.with_suffix(".gif"), torch.cat(list(panels.values())), len(columns))
+    pictures = {name: _bytes(as_pictures(samples)) for name, samples in panels.items()}
+    draw_grids(path, pictures, columns, title)
+
+
+def draw_lines(
+    path: Path, panels: Mapping[str, Float[Tensor, "M C L"]], columns: Sequence[str], title: str
+) -> None:
+    """Save signals as lines: a plot per column, the signals of a column over each other.
+
+    Args: as for `draw_panels`. Of a signal with several channels each has its colour.
+    """
+    count = len(columns)
+    size = (max(4.0, 1.6 * count), 1.5 * len(panels) + 0.7)
+    figure = Figure(figsize=size, dpi=144, layout="constrained")
+    figure.suptitle(shown(title), fontsize=9)
+    axes = figure.subplots(len(panels), count, squeeze=False, sharex=True, sharey=True)
+    for row, (name, signals) in zip(axes, panels.items(), strict=True):
+        for column, axis in enumerate(row):
+            for signal in signals[column::count]:
+                for channel, values in enumerate(signal.float().cpu()):
+                    axis.plot(values.numpy(), color=f"C{channel % 10}", alpha=0.5, linewidth=0.8)
+            axis.set_title(shown(columns[column], 24), fontsize=8)
+            axis.tick_params(labelsize=6)
+            axis.grid(alpha=0.3)
+        row[0].set_ylabel(name, fontsize=8)
+    save(path, figure)
+
+
+def draw_moving(path: Path, videos: Float[Tensor, "M C T H W"], columns: int) -> None:
+    """Save videos as one moving picture, side by side in a grid.
+
+    Args:
+        path: the file; a GIF.
+        videos: in [-1, 1].
+        columns: of the grid.
+    """
+    factor = max(1, ENLARGED // videos.shape[3])
+    frames = [tile(_bytes(videos[:, :, time]), columns) for time in range(videos.shape[2])]
+    images = [Image.fromarray(frame.repeat(factor, 0).repeat(factor, 1)) for frame in frames]
+
+    def write(partial: Path) -> None:
+        images[0].save(
+            partial,
+            format="GIF",
+            save_all=True,
+            append_images=images[1:],
+            duration=MILLISECONDS,
+            loop=0,
+        )
+
+    write_whole(path, write)
+
+
+def draw_captioned(
+    path: Path, images: Float[Tensor, "M C H W"], captions: Sequence[str], title: str
+) -> None:
+    """Save images in a grid, each above its caption.
+
+    Args:
+        path: the picture's file.
+        images: in [-1, 1], or samples of another kind, drawn as pictures.
+        captions: one per image.
+        title: stands above all.
+    """
+    columns = min(CAPTION_COLUMNS, len(images))
+    rows = -(-len(images) // columns)
+    size = (1.25 * columns, 1.55 * rows + 0.4)
+    figure = Figure(figsize=size, dpi=144, layout="constrained")
+    figure.suptitle(shown(title), fontsize=9)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    pictures = _bytes(as_pictures(images)).permute(0, 2, 3, 1).cpu().numpy()
+    for index, axis in enumerate(axes):
+        axis.axis("off")
+        if index < len(pictures):
+            picture = pictures[index]
+            picture = picture[..., 0] if picture.shape[2] == 1 else picture
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            lines = textwrap.wrap(shown(captions[index]), CAPTION_WIDTH)[:2]
+            axis.set_title("\n".join(lines), fontsize=6, y=-0.02, va="top")
+    save(path, figure)
+
+
+def _bytes(images: Float[Tensor, "M C H W"]) -> UInt8[Tensor, "M C H W"]:
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()

@@ -68,6 +68,7 @@ def train_command(arguments: Sequence[str]) -> int:
     """`selfalign train`."""
     usage = (
         "usage: selfalign train RECIPE --out DIR [--SECTION.FIELD VALUE …]\n"
+        "       selfalign train RECIPE --backbone diffusers:FOLDER --out DIR\n"
         "       selfalign train --resume DIR [--training.steps N] [--data.root DIR] [--step N]\n\n"
         f"recipes: {', '.join(RECIPES)}\n"
         "every setting of a recipe: selfalign train RECIPE --help\n"
@@ -81,7 +82,7 @@ def train_command(arguments: Sequence[str]) -> int:
         base = recipe(arguments[0])
         parsed = parse(
             TrainArguments,
-            [_current_name(word) for word in arguments[1:]],
+            [_current_name(word) for word in _spelt_out(arguments[1:])],
             f"selfalign train {arguments[0]}",
             f"{arguments[0]}: {RECIPES[arguments[0]].summary}. Example: selfalign train "
             f"{arguments[0]} --out runs/digits --data.name digits --model.size tiny",
@@ -121,6 +122,23 @@ def train_command(arguments: Sequence[str]) -> int:
             return 0
         state = going_on
     return _report(state)
+
+
+def _spelt_out(words: Sequence[str]) -> Iterator[str]:
+    """`--backbone NAME[:FOLDER]` as the settings that it stands for."""
+    wanted = False
+    for word in words:
+        option, equals, value = word.partition("=")
+        if wanted or (option == "--backbone" and equals):
+            name, colon, folder = (word if wanted else value).partition(":")
+            yield from ("--model.backbone", name)
+            if colon:
+                yield from (f"--backbones.{name}.folder", folder)
+        elif option != "--backbone":
+            yield word
+        wanted = word == "--backbone"
+    if wanted:
+        yield "--model.backbone"  # which misses its value, as the message says
 
 
 def _current_name(word: str) -> str:
@@ -220,7 +238,9 @@ def _report(state: Any) -> int:
     heldout = next((line for line in reversed(metrics) if "heldout_ema" in line), None)
     parameters = sum(p.numel() for p in state.student.parameters())
     table = Table(show_header=False, box=None)
-    table.add_row("model", f"SiT {config.model.size}, {parameters:,} parameters")
+    backbone = config.model.backbone
+    model = f"SiT {config.model.size}" if backbone == "sit" else backbone
+    table.add_row("model", f"{model}, {parameters:,} parameters")
     table.add_row("data", f"{config.data.name}, {len(state.source.train):,} training images")
     table.add_row("steps", f"{state.step:,} of batch {config.training.batch_size}")
     if last is not None:

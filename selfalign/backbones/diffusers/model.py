@@ -1,0 +1,153 @@
+"""What adapters of diffusers' transformers share: groups become rows, and weights come from a folder."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selfalign.config import ResolvedConfig
+from selfalign.errors import UserError
+from selfalign.network import Backbone
+from selfalign.tokens import TokenGroups
+
+LORA = "default"
+"""The adapters' name in peft."""
+ADAPTED = ("to_q", "to_k", "to_v", "to_out.0")
+"""The attention's matrices."""
+
+Rows = dict[Any, Tensor]
+"""Features of a sequence by name."""
+
+
+class Adapter(Backbone):
+    """A transformer of diffusers as a backbone; `model` is that transformer.
+
+    Args:
+        config: the resolved tree.
+        model: from `load_folder`.
+        pretrained: whether it has weights that training starts from.
+    """
+
+    model: Any
+
+    def __init__(self, config: ResolvedConfig, model: Any, pretrained: bool) -> None:
+        settings = config.model
+        super().__init__(config.grid, settings.channels, config.condition, settings.num_classes)
+        self.model, self.pretrained = model, pretrained
+        self.model.gradient_checkpointing = settings.gradient_checkpointing
+
+    def add_adapters(self, rank: int, alpha: float) -> None:
+        """Freeze the model but for low-rank adapters of its attention (LoRA, arXiv:2106.09685).
+
+        Args:
+            rank: of the adapters.
+            alpha: their scale, over their rank.
+
+        Raises:
+            UserError: peft is not installed.
+        """
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError as error:
+            raise UserError(
+                "backbones.diffusers.lora_rank needs peft: pip install 'selfalign[lora]'"
+            ) from error
+        scale: Any = alpha  # said to be whole, and only divided by the rank
+        settings = LoraConfig(r=rank, lora_alpha=scale, target_modules=list(ADAPTED))
+        self.model.requires_grad_(False)
+        inject_adapter_in_model(settings, self.model, LORA)
+
+    def initialize_weights(self, generator: torch.Generator | None = None) -> None:
+        """What the folder has no weights for; every block of a new model starts as the identity."""
+        for name, module in self.named_modules():
+            of_lora = f".{LORA}" in name
+            if self.pretrained and name.startswith("model.") and not of_lora:
+                continue
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                if ".lora_B." in name or self._starts_at_zero(name):
+                    nn.init.zeros_(module.weight)
+                else:
+                    nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02, generator=generator)
+
+    def _starts_at_zero(self, name: str) -> bool:
+        """Whether a matrix of the new model is zero at first: gates, shifts, and the output."""
+        raise NotImplementedError
+
+    def rows(
+        self,
+        groups: TokenGroups,
+        batch: int,
+        run: Callable[[slice, slice, int], Rows],
+    ) -> Rows:
+        """What a model says of every sequence, put together in group order.
+
+        Args:
+            groups: each dense attention over some samples and tokens is a batch of sequences.
+            batch: samples B.
+            run: told samples, tokens, and the group whose timestep they have; gives features (b, n, D).
+        """
+        bands: dict[tuple[int, int], list[Rows]] = {}
+        for first, end, begin, stop in groups.attention_parts(batch):
+            group = groups.ends.index(stop)  # whole images have one timestep in all groups
+            found = run(slice(first, end), slice(begin, stop), group)
+            bands.setdefault((first, end), []).append(found)
+        joined = [
+            {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
+            for parts in bands.values()
+        ]
+        return {name: torch.cat([band[name] for band in joined]) for name in joined[0]}
+
+
+def load_folder(folder: str, kind: str) -> tuple[nn.Module, bool]:
+    """A model from a folder of diffusers, and whether the folder holds its weights.
+
+    Raises:
+        UserError: diffusers is not installed, or the folder is damaged.
+    """
+    try:
+        import diffusers
+    except ImportError as error:
+        raise UserError(
+            "model.backbone diffusers needs diffusers: pip install 'selfalign[latents]'"
+        ) from error
+    cls = getattr(diffusers, kind)
+    weights = any(Path(folder).glob("*.safetensors"))
+    try:
+        if weights:
+            return cls.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False), True
+        return cls.from_config(cls.load_config(folder)), False
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"backbones.diffusers.folder is {folder!r}: {reason}") from error
+
+
+def merged_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A transformer's weights by their own names, with adapters added into the matrices that they adapt."""
+    held = {
+        name: value.clone() for name, value in model.state_dict().items() if ".lora_" not in name
+    }
+    for name, module in model.named_modules():
+        if hasattr(module, "get_delta_weight") and LORA in getattr(module, "lora_A", ()):
+            held[f"{name}.base_layer.weight"] += module.get_delta_weight(LORA)
+    return {name.replace(".base_layer.", "."): value for name, value in held.items()}
+
+
+def save_folder(adapter: Adapter, folder: Path) -> None:
+    """Write a trained transformer as diffusers reads it: the folder that it came from, with new weights.
+
+    Raises:
+        UserError: this is no transformer of diffusers.
+    """
+    if not isinstance(adapter, Adapter):
+        raise UserError("the model is no transformer of diffusers: model.backbone was another")
+    model = adapter.model
+    fresh = type(model).from_config(model.config)
+    weights: Mapping[str, Tensor] = merged_weights(model)
+    fresh.load_state_dict(weights)
+    fresh.save_pretrained(folder, safe_serialization=True)

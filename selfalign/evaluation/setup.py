@@ -23,7 +23,7 @@ from selfalign.evaluation.generation import PlannedSamples, plan_samples
 from selfalign.evaluation.inputs import ImageSet, open_images, open_split
 from selfalign.evaluation.reference import ReferenceSource, open_reference
 from selfalign.processes import main_process_first, together
-from selfalign.runs.data import check_data
+from selfalign.runs.data import check_data, open_recorded
 from selfalign.runs.folder import recorded_data
 from selfalign.runs.load import LoadedRun, load_run
 from selfalign.sampling.settings import SamplingConfig
@@ -146,7 +146,7 @@ def _open_data_of(
     whole = whole_fingerprint(run.fingerprint, run.config.data)
     with together(accelerator):
         recorded = recorded_data(run.folder, whole)
-    source = main_process_first(accelerator, lambda: open_data(data, recorded))
+    source = main_process_first(accelerator, lambda: open_recorded(data, recorded))
     with together(accelerator):
         remedy = "--data.name and --data.root compare the run with other data"
         return source, check_data(run.folder, recorded, source, True, remedy)

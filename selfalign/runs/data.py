@@ -1,13 +1,33 @@
-"""Whether the data of a run is what it was when the run began."""
+"""A run's data later on: where it is, and whether it is what it was when the run began."""
 
 from pathlib import Path
 
 from selfalign.data.contents import ABSENT, Recorded, describe_changes
+from selfalign.data.datasets import open_data
 from selfalign.data.source import DataSource
 from selfalign.errors import UserError
+from selfalign.sections import DataConfig
 
 REPAIRED = 0.1
 """Share of a run's images that may have another size without being asked about."""
+
+
+def open_recorded(config: DataConfig, recorded: Recorded) -> DataSource:
+    """A run's data, with its images in the places that they had when it began.
+
+    Args:
+        config: the run's, perhaps with another root.
+        recorded: what the run recorded of its data.
+
+    Raises:
+        UserError: what `open_data` raises; where nothing is there, it says how to name the place.
+    """
+    try:
+        return open_data(config, recorded)
+    except UserError as error:
+        if Path(config.root).exists():
+            raise
+        raise UserError(f"{error}; if the data has moved, --data.root names its place") from error
 
 
 def check_data(

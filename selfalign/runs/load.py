@@ -1,6 +1,7 @@
 """A trained run, loaded for sampling and evaluating."""
 
 import functools
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from selfalign.data.datasets import open_data
 from selfalign.data.source import DataSource, as_pictures
 from selfalign.errors import UserError
 from selfalign.network import Backbone
-from selfalign.runs.folder import CHECKPOINTS, read_record
+from selfalign.runs.data import check_data, open_recorded
+from selfalign.runs.folder import CHECKPOINTS, read_record, recorded_data
 from selfalign.sampling.settings import SamplingConfig
 from selfalign.student import build_student
 from selfalign.training.checkpoint import (
@@ -58,17 +60,18 @@ class LoadedRun:
 
     @functools.cached_property
     def source(self) -> DataSource:
-        """The data set that it was trained on.
+        """The data set that it was trained on; what has changed in it is warned of.
 
         Raises:
             UserError: it is not there, or is another one.
         """
-        source = open_data(self.config.data)
-        if self.fingerprint not in (None, source.fingerprint):
-            raise UserError(
-                f"data.root is {self.config.data.root!r}: this is not the data that {self.folder} was "
-                f"trained on (fingerprint {source.fingerprint} instead of {self.fingerprint})"
-            )
+        if self.fingerprint is None:
+            return open_data(self.config.data)
+        recorded = recorded_data(self.folder, self.fingerprint)
+        source = open_recorded(self.config.data, recorded)
+        remedy = "--data.root names the place of that which it was trained on"
+        if told := check_data(self.folder, recorded, source, True, remedy):
+            warnings.warn(told, stacklevel=2)
         return source
 
 

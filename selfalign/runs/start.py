@@ -12,7 +12,7 @@ from selfalign.data.datasets import open_data
 from selfalign.data.source import DataSource
 from selfalign.errors import UserError
 from selfalign.processes import main_process_first, together
-from selfalign.runs.data import check_data
+from selfalign.runs.data import check_data, open_recorded
 from selfalign.runs.folder import (
     CHECKPOINTS,
     empty,
@@ -139,7 +139,7 @@ def resume_run(
         if checkpoint is not None and done == config.training.steps and is_monitored(checkpoint):
             return None
         recorded = recorded_data(folder, record.fingerprint)
-        source = main_process_first(accelerator, lambda: open_data(config.data, recorded))
+        source = main_process_first(accelerator, lambda: open_recorded(config.data, recorded))
         _tell(found, source, accelerator)
         with together(accelerator):
             told = check_data(folder, recorded, source, accept_changes, "start a new run")

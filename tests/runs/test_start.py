@@ -228,8 +228,11 @@ def test_data_that_moved(tmp_path: Path, small_config: RunConfig) -> None:
     data = {"data.name": "folder", "data.root": str(images), "data.image_size": 8}
     start_run(override(small_config, data), tmp_path / "run", quiet)
     images.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder; if .* moved, --data.root names its place"):
         resume_run(tmp_path / "run", 8, quiet)
+    with pytest.raises(UserError, match="--data.root names its place"):
+        _ = load_run(tmp_path / "run").source
+    assert len(load_run(tmp_path / "run", data_root=str(tmp_path / "moved")).source.train)
     command = ["train", "--resume", str(tmp_path / "run"), "--training.steps", "8"]
     assert main([*command, "--data.root", str(tmp_path / "moved")]) == 0
     assert read_record(tmp_path / "run").config.data.root == str(tmp_path / "moved")
@@ -240,6 +243,23 @@ def test_data_that_moved(tmp_path: Path, small_config: RunConfig) -> None:
         UserError, match="the data of .* has changed.*and 19 more are of another size"
     ):
         resume_run(tmp_path / "run", 9, quiet, data_root=str(tmp_path / "other"))
+
+
+def test_looking_into_a_run_tells_what_became_of_its_data(
+    tmp_path: Path, small_config: RunConfig
+) -> None:
+    images = make_images(tmp_path / "images", 12)
+    data = {"data.name": "folder", "data.root": str(images), "data.image_size": 8}
+    start_run(override(small_config, data), tmp_path / "run", quiet)
+    before = load_run(tmp_path / "run").source
+    (images / "a" / "003.png").unlink()
+    with pytest.warns(UserWarning, match="has changed since it was started: a/003.png is gone"):
+        after = load_run(tmp_path / "run").source
+    assert len(after.train) == len(before.train)
+    (images / "a").rename(images / "c")
+    (images / "b").rename(images / "d")
+    with pytest.raises(UserError, match="--data.root names the place of that which it was trained"):
+        _ = load_run(tmp_path / "run").source
 
 
 def test_evaluating_tells_what_became_of_the_data(

@@ -13,7 +13,7 @@ from selfalign.evaluation.config import EvaluationConfig, Progress
 from selfalign.evaluation.fitting import available, check_fit
 from selfalign.evaluation.generation import PlannedSamples, make_samples
 from selfalign.evaluation.metrics import Evidence, Finding, Metric, aims, choose
-from selfalign.evaluation.output import report_folder, write_evaluation
+from selfalign.evaluation.output import report_folder, require_place, write_evaluation
 from selfalign.evaluation.picture import draw_evaluation, nearest_in_features
 from selfalign.evaluation.record import how_made, notes, settings
 from selfalign.evaluation.reference import measure, write_reference
@@ -50,6 +50,9 @@ def evaluate(
     Raises:
         UserError: inputs that are missing, damaged, or do not fit together or the metrics.
     """
+    with together(accelerator):
+        if accelerator.is_main_process:
+            require_place(subject, config.out)
     setup = open_setup(subject, config, sampling, accelerator, progress, run)
     with together(accelerator):
         sizes = check_fit(setup)

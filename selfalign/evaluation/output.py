@@ -11,6 +11,23 @@ from selfalign.evaluation.setup import Setup
 from selfalign.records import write_json
 
 
+def require_place(subject: Path, out: Path | None) -> None:
+    """Refuse a place that cannot be written into, before a classifier is trained or anything is read.
+
+    Args:
+        subject: what is evaluated; a run's evaluations go into its folder, others beside it.
+        out: the place that was named.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if out is not None:
+        require_writable(out)
+    elif os.path.exists(subject):  # noqa: PTH110 - also of names that no file can have
+        whole = real_path(subject)
+        require_writable(whole if (whole / "config.json").is_file() else whole.parent)
+
+
 def report_folder(setup: Setup) -> Path:
     """Where the report goes, refused where it cannot or must not go.
 

@@ -61,7 +61,7 @@ def _failed_import(error: Exception) -> str | None:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM.
+    """A signal that asks to stop (`selfalign.signals`).
 
     Args:
         number: of the signal; the command exits with 128 more.

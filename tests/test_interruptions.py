@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from conftest import SMALL
 
-from selfalign import recipe
+from selfalign import processes, recipe
 from selfalign.cli import main
 from selfalign.cli.console import console
 from selfalign.data.latents import prepare as preparing
@@ -26,11 +26,12 @@ from selfalign.errors import Interrupted
 from selfalign.evaluation import generation
 from selfalign.runs.start import resume_run, start_run
 from selfalign.sampling import generate as sampling_generate
+from selfalign.signals import stop_signals
 from selfalign.training.checkpoint import latest_checkpoint
 from selfalign.training.loop import TrainingState
 from selfalign.training.tracking import read_metrics
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
+SIGNALS = stop_signals()
 
 
 def interrupting(function: Callable[..., Any], number: int, call: int = 1) -> Callable[..., Any]:
@@ -94,6 +95,17 @@ def test_preparing(
     assert "finished files are kept" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["inspect", "report"])
+def test_looking_into_runs(
+    small_run: Path, command: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    opening = interrupting(processes.open_accelerator, signal.SIGTERM)
+    monkeypatch.setattr(processes, "open_accelerator", opening)
+    assert main([command, str(small_run)]) == 128 + signal.SIGTERM
+    assert "; the same command makes the " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_second_signal_while_the_program_ends_keeps_its_exit_code(number: int) -> None:
     code = (
@@ -109,7 +121,7 @@ def test_a_second_signal_while_the_program_ends_keeps_its_exit_code(number: int)
     assert (done.returncode, done.stderr) == (128 + number, "selfalign: interrupted\n")
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_training_at_once(tmp_path: Path, number: int) -> None:
     config = recipe("sra-dts-as", {**SMALL, "training.steps": 50, "training.checkpoint_every": 10})
     folder = tmp_path / "run"

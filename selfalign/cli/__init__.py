@@ -3,6 +3,7 @@
 Commands and what they need are imported when they are called for, so that help and refusals come at once.
 """
 
+import contextlib
 import importlib
 import os
 import signal
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             end_at_once_if_interrupted_again(code)
         how = GO_ON.get(words[0] if words else "", "")
         if is_first_process():
-            print(f"selfalign: interrupted{how and ': '}{how}", file=sys.stderr)
+            _say(f"interrupted{how and ': '}{how}")
     except BrokenPipeError:
         agreed, code = False, 128 + signal.SIGPIPE
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -74,7 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say_error(text: str) -> None:
-    print(f"selfalign: error: {printable(text)}", file=sys.stderr)
+    _say(f"error: {printable(text)}")
+
+
+def _say(text: str) -> None:
+    # A terminal that is gone, a full disk, a closed stream: the exit code says it, too.
+    with contextlib.suppress(OSError, ValueError):
+        print(f"selfalign: {text}", file=sys.stderr, flush=True)
 
 
 def _run(words: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, and what is done with text that a terminal cannot show."""
+"""Stop signals, and what is done with text that a terminal cannot show."""
 
 import contextlib
 import ctypes
@@ -14,12 +14,15 @@ from types import FrameType
 
 from selfalign.errors import Interrupted, told_by_machine
 from selfalign.names import printable
+from selfalign.signals import StopSignals, stop_signals
 
 GO_ON = {
     "train": "if it has made a step, go on with `selfalign train --resume DIR`",
     "sample": "nothing was written; the same command makes the same samples",
     "evaluate": "finished samples are kept; the same command goes on",
     "prepare": "finished files are kept; the same command goes on",
+    "inspect": "numbers of finished analyses are kept; the same command makes the rest and the page",
+    "report": "nothing was written; the same command makes the same page",
     "study": "its runs stop at checkpoints; the same command goes on",
 }
 """What a command that was interrupted leaves, and how to go on."""
@@ -28,19 +31,22 @@ _PR_SET_PDEATHSIG = 1
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Within this block SIGTERM ends what is done as Ctrl-C does, so that everything is tidied up.
+    """Within this block other stop signals end what is done as Ctrl-C does, so that everything is tidied up.
 
     Raises:
-        Interrupted: on either signal, at any place of the block.
+        Interrupted: on any of them, at any place of the block.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may change how signals are handled
         return
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number)
+    heard = StopSignals()
 
-    previous = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if heard.hear(number) != "again":  # which would only disturb the tidying up
+            raise Interrupted(number)
+
+    previous = {number: signal.signal(number, interrupt) for number in stop_signals()}
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     if "LOCAL_RANK" in os.environ or _is_accelerates_child():
         _end_with_launcher()
@@ -52,8 +58,8 @@ def interruptible() -> Iterator[None]:
 
 
 def end_at_once_if_interrupted_again(code: int) -> None:
-    """For a program that is ending: another Ctrl-C or SIGTERM ends it at once, with the same exit code."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """For a program that is ending: another stop signal ends it at once, with the same exit code."""
+    for number in stop_signals():
         signal.signal(number, lambda number, frame: os._exit(code))
 
 

@@ -20,6 +20,7 @@ from selfalign.data.batch import Batch
 from selfalign.data.source import Features, Split
 from selfalign.errors import UserError
 from selfalign.randomness import derive_seed, make_generator
+from selfalign.signals import stop_signals
 
 
 @functools.lru_cache(maxsize=2)
@@ -185,8 +186,8 @@ def training_batches(
 
 def _leave_signals_to_main(worker: int) -> None:
     """Stop signals reach all processes of a terminal or job; the first one decides what they mean."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _without_dead_workers(loader: DataLoader[Read]) -> Iterator[Read]:

@@ -1,7 +1,6 @@
 """The training loop, top to bottom."""
 
 import itertools
-import os
 import signal
 import threading
 import time
@@ -25,6 +24,7 @@ from selfalign.network import Backbone
 from selfalign.objective import Losses
 from selfalign.processes import together
 from selfalign.records import read_json
+from selfalign.signals import StopSignals, stop_signals
 from selfalign.student import build_student
 from selfalign.training.checkpoint import (
     WEIGHTS,
@@ -189,7 +189,7 @@ def train(
     )
     student.train()
     started, logged_step = time.perf_counter(), first_step
-    with _stop_signals() as signals:
+    with _noting_signals() as heard:
         while state.step < training.steps and state.stopped_by is None:
             step = state.step
             micro_batches = []
@@ -214,9 +214,9 @@ def train(
                 state.metrics.write(state.step, values)
                 progress(state, values)
                 started, logged_step = time.perf_counter(), state.step
-                state.stopped_by = _agreed_stop_signal(accelerator, signals)
+                state.stopped_by = _agreed_stop_signal(accelerator, heard)
             elif accelerator.num_processes == 1:
-                state.stopped_by = _agreed_stop_signal(accelerator, signals)
+                state.stopped_by = _agreed_stop_signal(accelerator, heard)
             before = time.perf_counter()
             _teach(state)
             _run_monitors(state, monitors, failed, take_step)
@@ -405,32 +405,27 @@ def _values(accelerator: Accelerator, losses: list[Losses], norm: torch.Tensor) 
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Note the first Ctrl-C or SIGTERM instead of dying of it; a second one is immediate."""
-    signals: list[int] = []
-    parent = os.getppid()
+def _noting_signals() -> Iterator[StopSignals]:
+    """Note the first signal to stop instead of dying of it; a second one is immediate."""
+    heard = StopSignals()
 
     def note(number: int, frame: FrameType | None) -> None:
-        # Linux tells of a launcher's death once for each of its threads.
-        orphaned = number == signal.SIGTERM and os.getppid() != parent
-        if signals and not orphaned:
+        if heard.hear(number) == "another":
             raise Interrupted(number)
-        signals.append(number)
 
     # Only the main thread may change how signals are handled.
     in_main = threading.current_thread() is threading.main_thread()
-    watched = (signal.SIGINT, signal.SIGTERM) if in_main else ()
-    previous = {number: signal.signal(number, note) for number in watched}
+    previous = {number: signal.signal(number, note) for number in stop_signals() if in_main}
     try:
-        yield signals
+        yield heard
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _agreed_stop_signal(accelerator: Accelerator, signals: list[int]) -> int | None:
+def _agreed_stop_signal(accelerator: Accelerator, heard: StopSignals) -> int | None:
     """The signal to stop for, if any process was sent one; all processes stop at the same step."""
-    own = signals[0] if signals else 0
     if accelerator.num_processes == 1:
-        return own or None
+        return heard.first
+    own = heard.first or 0
     return int(accelerator.gather(torch.tensor([own], device=accelerator.device)).max()) or None

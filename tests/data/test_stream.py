@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from selfalign import UserError
 from selfalign.data.source import MemorySplit
 from selfalign.data.stream import epoch_order, training_batches
+from selfalign.signals import stop_signals
 
 
 def pairs(*arguments, **settings):
@@ -285,7 +286,7 @@ class TestWorkers:
         ):
             next(batches_of(numbered_split(8)))
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize("number", stop_signals())
     def test_stop_signals_are_left_to_the_first_process(self, number):
         batches = batches_of(Sleeper(torch.zeros(8, 1, 1, 1), torch.zeros(8, dtype=torch.int64)))
         next(batches)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from selfalign.data.stream import BatchOfMicroStep
 from selfalign.runs.folder import read_record
 from selfalign.runs.start import resume_run, start_run
 from selfalign.sections import DataConfig, TrainingConfig
+from selfalign.signals import stop_signals
 from selfalign.training.checkpoint import latest_checkpoint
 from selfalign.training.ema import EMA
 from selfalign.training.loop import TrainingState
@@ -108,10 +108,8 @@ def test_recipes_start_from_the_same_weights_and_see_the_same_noise(tmp_path: Pa
     assert max(first_losses) - min(first_losses) < 1e-5
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(
-    tmp_path: Path, number: signal.Signals
-) -> None:
+@pytest.mark.parametrize("number", stop_signals())
+def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(tmp_path: Path, number: int) -> None:
     folder = tmp_path / "run"
     options = ["--model.size", "tiny/2", "--training.batch-size", "8", "--training.steps", "100000"]
     command = [sys.executable, "-m", "selfalign.cli", "train", "sra-dts-as", "--out", str(folder)]

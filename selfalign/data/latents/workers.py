@@ -30,6 +30,7 @@ from selfalign.disk import write_whole
 from selfalign.errors import UserError
 from selfalign.parts import load_plugin, loaded_plugins
 from selfalign.records import read_json, write_json
+from selfalign.signals import stop_signals
 from selfalign.vision import Vision, open_encoder
 
 ENCODE_BATCH = 16
@@ -269,8 +270,9 @@ def write_shards(
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Delays Ctrl-C; processes started here never see it, as only the first should react to it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Delays what a terminal sends; processes started here never see it, as only the first should react."""
+    blocked = set(stop_signals()) - {signal.SIGTERM}  # by which a pool ends its processes
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
         yield
     finally:

@@ -140,6 +140,19 @@ def require_writable(folder: Path) -> None:
         ) from error
 
 
+def require_no_folder(*files: Path) -> None:
+    """Refuse to write files where folders are, before any work is done.
+
+    Raises:
+        UserError: one is; the message names it.
+    """
+    for file in files:
+        if file.is_dir():
+            raise UserError(
+                f"{file} is a folder, in a file's place: move it away, or name another --out"
+            )
+
+
 def require_room(folder: Path, needed: int, what: str) -> None:
     """Refuse what does not fit a disk, before any work is done.
 

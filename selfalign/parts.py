@@ -187,10 +187,10 @@ def load_plugin(path: str) -> Path:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         del sys.modules[name]
         raise
-    except (Exception, SystemExit) as error:  # whatever a user's file raises, it is theirs to read
+    except BaseException as error:  # whatever a user's file raises, it is theirs to read
         del sys.modules[name]
         line = _line_within(file, error)
         raise UserError(f"plugins: {path}{line} fails: {type(error).__name__}: {error}") from error

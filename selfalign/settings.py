@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import sys
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
@@ -63,7 +64,8 @@ class Settings:
     def require_number(self, name: str, low: float, high: float, allowed: str) -> None:
         """Refuse a field that is not finite or lies outside [low, high]."""
         value = getattr(self, name)
-        self.require(math.isfinite(value) and low <= value <= high, name, f"allowed is {allowed}")
+        finite = -math.inf < value < math.inf  # isfinite fails at numbers of 400 digits
+        self.require(finite and low <= value <= high, name, f"allowed is {allowed}")
 
 
 @functools.cache
@@ -85,6 +87,8 @@ def _fits(value: object, hint: Any) -> bool:
         return len(value) == len(hints) and all(map(_fits, value, hints))
     if hint in (int, float) and isinstance(value, bool):
         return False
+    if hint is float and isinstance(value, int) and abs(value) > sys.float_info.max:
+        return False  # arithmetic with it would fail
     return hint is Any or isinstance(value, int | float if hint is float else origin or hint)
 
 

@@ -135,7 +135,14 @@ def open_encoder(word: str, image_side: int, setting: str = "encoder") -> Vision
         UserError: there is no such encoder, its weights are not here, or it gives no token grid.
     """
     parsed = parse_word(word, setting)
-    vision = get("encoder", parsed.part)().load(parsed.model, image_side, parsed.side)
+    try:
+        vision = get("encoder", parsed.part)().load(parsed.model, image_side, parsed.side)
+    except (UserError, OSError, MemoryError):
+        raise
+    except Exception as error:  # what a user's encoder raises is theirs to read
+        raise UserError(
+            f"{setting} is {word!r}: cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
     vision.class_token = parsed.class_token
     if parsed.module:
         vision.module = parsed.module

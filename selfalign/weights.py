@@ -14,20 +14,48 @@ from torch import Tensor
 from selfalign.errors import UserError
 
 Weights = Mapping[str, Tensor]
+PLAIN = frozenset(
+    [
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool),
+        *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    ]
+)
+"""Kinds of numbers that weights can be."""
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, on the CPU.
 
     Raises:
-        UserError: the file is missing or damaged; the message names it.
+        UserError: the file is missing or damaged, or holds numbers that nothing here computes with; the
+            message names it.
     """
     if not path.is_file():
         raise UserError(f"{path} cannot be read: there is no such file")
     try:
-        return load_file(path) if _is_utf8(path) else load(path.read_bytes())
+        tensors = load_file(path) if _is_utf8(path) else load(path.read_bytes())
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+    require_plain(tensors, path)
+    return tensors
+
+
+def require_plain(tensors: Weights, path: Path) -> None:
+    """Refuse tensors of a file that are not plain numbers: sparse, quantized, complex, without values.
+
+    Raises:
+        UserError: the message names file, tensors and dtypes.
+    """
+    wrong = [
+        f"{name} ({_name(value.dtype)})"
+        for name, value in tensors.items()
+        if value.dtype not in PLAIN
+        or value.layout != torch.strided
+        or value.is_meta
+        or value.nbytes > value.untyped_storage().nbytes()  # one number, said to be many
+    ]
+    if wrong:
+        raise UserError(f"{path} cannot be used: {listed(wrong)} is no plain tensor")
 
 
 def read_header(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Small models, configs and draws that the tests share, and commands in two processes."""
 
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -142,11 +143,18 @@ class AnalyticModel(nn.Module):
         return self.function(xt, timesteps[:, None, None, None], labels[:, None, None, None])
 
 
-def in_two_processes(*arguments: object) -> list[tuple[int, str]]:
+def in_two_processes(
+    *arguments: object, largest_file: int = resource.RLIM_INFINITY
+) -> list[tuple[int, str]]:
     """Run a command in two processes, over gloo on the CPU: the exit code and stderr of each.
 
     Without torchrun, which would end one process when the other fails.
+
+    Args:
+        arguments: of the command.
+        largest_file: bytes of the largest file that may be written, as if the disk were full then.
     """
+    sizes = (largest_file, resource.RLIM_INFINITY)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -164,6 +172,7 @@ def in_two_processes(*arguments: object) -> list[tuple[int, str]]:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, sizes),
         )
         for rank in range(2)
     ]

@@ -48,7 +48,7 @@ from selfalign.sections import DataConfig
 from selfalign.study.grid_file import load_grid
 from selfalign.study.plan import read_study
 from selfalign.study.power import read_pilot
-from selfalign.study.results import read_results
+from selfalign.study.results import ERRORS_FILE, StudyResults, read_results
 from selfalign.training.checkpoint import is_monitored, latest_checkpoint, verify
 from selfalign.training.tracking import read_metrics
 from selfalign.weights import read_safetensors
@@ -73,6 +73,12 @@ def _npz_arrays(path: Path) -> None:
 def _images(path: Path) -> None:
     images = open_images(path)
     images.read(range(len(images)))
+
+
+def _variance(results: StudyResults) -> None:
+    found = results.pair_errors(results.done, "heldout_loss")
+    if found is not None:
+        found.variance({results.done[0].variant: 1.0}, (0, 1))
 
 
 def make_borders(folder: Path, run: Path) -> Iterator[tuple[str, Border]]:
@@ -170,6 +176,13 @@ def make_borders(folder: Path, run: Path) -> Iterator[tuple[str, Border]]:
     result = next(study.rglob("result.json"))
     yield "study.json", Border(study / "study.json", lambda: read_study(study), True)
     yield "result.json", Border(result, lambda: read_results(study), True)
+    errors = np.arange(20.0).astype("f4")
+    for done in study.glob("runs/*/*"):
+        arrays = {"heldout_loss": errors, "images": np.arange(20), "bins": np.arange(20) % 10}
+        np.savez(done / ERRORS_FILE, **arrays)
+    results = read_results(study)
+    errors_file = study / results.done[0].folder / ERRORS_FILE
+    yield "errors", Border(errors_file, lambda: _variance(results))
     pilot = folder / "pilot"
     pilot.mkdir()
     means = {v: {"heldout_loss": {"by_seed": {"0": 1.0, "1": 1.0 + k}}} for k, v in enumerate("ab")}
@@ -190,7 +203,7 @@ BORDERS = (
     *("metrics.jsonl", "png", "jpg", "gif", "bmp", "tif", "webp", "manifest.json", "index.npy"),
     *("shard-00000.xxh3", "plan.json", "shard.json", "dataset.json", "data.json.gz", "tar"),
     *("sampling.json", "npy", "npz", "statistics", "idx.gz", "cifar", "study.json", "result.json"),
-    *("report.json", "grid"),
+    *("errors", "report.json", "grid"),
 )
 JUNK: st.SearchStrategy[Any] = st.sampled_from(
     [
@@ -325,7 +338,10 @@ def _no_waiting() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
-PASSED_OVER = ("shard.json", "result.json", "monitored", "metrics.jsonl", "latest", "tar", "idx.gz")
+PASSED_OVER = (
+    *("shard.json", "result.json", "errors", "monitored", "metrics.jsonl", "latest", "tar"),
+    "idx.gz",
+)
 """A link to nothing in the place of these is as if they were missing, which they may be."""
 
 

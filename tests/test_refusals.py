@@ -68,6 +68,12 @@ def refused(
         (TRAIN, "--terms.alignment.block nosuch", "module 'nosuch', which the backbone does not run"),
         (TRAIN, "--targets.ema.block blocks", "module 'blocks', which the backbone does not run"),
         (TRAIN, "--objective.terms dispersive dispersive", "each name once"),
+        (
+            TRAIN,
+            "--objective.terms dispersive --training.batch-size 1",
+            "terms.dispersive needs 2 images at once, and has 1",
+        ),
+        (TRAIN, f"--terms.alignment.weight {'9' * 400}", "terms.alignment.weight is inf"),
         (TRAIN, "--training.heldout-samples 1000000000000", "from 1 to"),
         (TRAIN, f"--out {LONG}", "File name too long"),
         (TRAIN, f"--out {'a/' * 2100}x", "File name too long"),

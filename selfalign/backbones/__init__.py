@@ -75,7 +75,7 @@ def find_tap(block: int | float | str, depth: int, setting: str) -> Tap:
     if isinstance(block, float) and 0 < block <= 1:
         return max(1, round(block * depth))
     require(
-        block == int(block) and 1 <= block <= depth,
+        1 <= block <= depth and block == int(block),  # in this order: NaN has no whole part
         setting,
         block,
         f"allowed are a block from 1 to {depth}, a share of the depth up to 1, or a module's name",

@@ -85,7 +85,7 @@ def _sample(parsed: SampleArguments, sampling: SamplingConfig) -> int:
 
     import numpy as np
 
-    from selfalign.disk import require_room, require_writable, write_arrays
+    from selfalign.disk import require_no_folder, require_room, require_writable, write_arrays
     from selfalign.memory import require_memory
     from selfalign.processes import open_accelerator
     from selfalign.records import write_json
@@ -101,9 +101,7 @@ def _sample(parsed: SampleArguments, sampling: SamplingConfig) -> int:
         labels = _told(run, parsed)
     size = parsed.num * (math.prod(run.image_shape) + LABEL_BYTES)
     require_writable(parsed.out)
-    for name in (SAMPLES, SETTINGS, GRID):
-        if (parsed.out / name).is_dir():
-            raise UserError(f"{parsed.out / name} is a folder: --out names another place")
+    require_no_folder(*(parsed.out / name for name in (SAMPLES, SETTINGS, GRID)))
     require_room(parsed.out, size, f"{parsed.num:,} samples")
     require_memory(2 * size, f"{parsed.num:,} samples")  # in parts, and joined
     images, chosen = [], []

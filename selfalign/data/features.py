@@ -97,7 +97,7 @@ class Encoded:
             self.split.positions if self.positions is None else self.split.positions[self.positions]
         )
         images = self.split.records.fingerprint
-        return open_features(folder, chosen, self.split.flip, images)
+        return open_features(folder, word, chosen, self.split.flip, images)
 
     @property
     def _has_latents(self) -> bool:
@@ -145,7 +145,7 @@ class Encoded:
                 write_features(folder, images, config, word, self.data.name, images.fingerprint)
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
-        return open_features(folder, np.arange(len(train)), flip, images.fingerprint)
+        return open_features(folder, word, np.arange(len(train)), flip, images.fingerprint)
 
 
 @dataclass(frozen=True)

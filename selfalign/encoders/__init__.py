@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from selfalign.vision import Vision
 
 _WORD = re.compile(
-    r"(?P<part>[a-z0-9-]+)(:(?P<model>[\w./-]+))?(#(?P<module>[\w.]+))?(@(?P<side>\d+))?(?P<class>\+class)?"
+    r"(?P<part>[a-z0-9-]+)(:(?P<model>[\w./-]+))?(#(?P<module>[\w.]+))?(@(?P<side>\d{1,9}))?(?P<class>\+class)?"
 )
 MAX_SIDE = 2**12
 

@@ -12,7 +12,7 @@ import torch
 
 import selfalign
 from selfalign.config import config_to_dict
-from selfalign.disk import require_writable, write_whole
+from selfalign.disk import require_no_folder, require_writable, write_whole
 from selfalign.errors import UserError
 from selfalign.evaluation.config import Progress
 from selfalign.evaluation.estimate import Estimate
@@ -24,7 +24,7 @@ from selfalign.names import printable
 from selfalign.pages.figures import Chart, Series, line_chart
 from selfalign.pages.render import render
 from selfalign.pages.settings import Settings, compare, flatten
-from selfalign.records import write_json
+from selfalign.records import read_plain, write_json
 from selfalign.runs.load import LoadedRun, load_run
 from selfalign.runs.monitors import GRID_STEPS
 from selfalign.sampling.generate import generate, to_uint8
@@ -38,6 +38,10 @@ HELDOUT = {
     "heldout_ema": "held-out denoising loss, EMA",
     "heldout_raw": "held-out loss, raw weights",
 }
+
+
+_FIELDS = {"selfalign_version", "runs", "settings"}
+"""Of the file of numbers."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,8 @@ def compare_runs(
     if file.suffix != ".html":
         raise UserError(f"--out is {str(file)!r}: allowed is a name that ends in .html")
     require_writable(file.parent)
+    numbers = file.with_suffix(".json")
+    _require_ours(file, numbers)
     runs = []
     for folder, name in zip(folders, _names(folders), strict=True):
         run = load_run(folder, weights, device, data_root=data_root)
@@ -136,9 +142,21 @@ def compare_runs(
         different=_different(settings),
         selfalign_version=selfalign.__version__,
     )
-    write_json(file.with_suffix(".json"), plain(_numbers(runs, settings)))
+    write_json(numbers, plain(_numbers(runs, settings)))
     write_whole(file, lambda path: path.write_bytes(page))
     return file
+
+
+def _require_ours(page: Path, numbers: Path) -> None:
+    """Refuse a page whose numbers would go over another file, such as a run's config.json."""
+    require_no_folder(page, numbers)
+    if numbers.exists():
+        held = read_plain(numbers) if numbers.stat().st_size else None
+        if not isinstance(held, dict) or not held.keys() >= _FIELDS:
+            raise UserError(
+                f"--out is {str(page)!r}, whose numbers go to {numbers}: that is another file; allowed is "
+                "another name"
+            )
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

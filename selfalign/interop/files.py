@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from selfalign.errors import UserError
-from selfalign.weights import listed, not_finite, read_safetensors
+from selfalign.weights import listed, not_finite, read_safetensors, require_plain
 
 CONTAINERS = ("ema", "model", "state_dict")
 """Where the projects' training scripts put weights in a .pt file, the best first."""
@@ -139,15 +139,6 @@ def _find(content: object, depth: int = 3) -> dict[str, Tensor]:
 
 
 def _check(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    wrong = [
-        name
-        for name, value in tensors.items()
-        if value.layout != torch.strided
-        or value.is_complex()
-        or value.is_quantized
-        or value.nbytes > value.untyped_storage().nbytes()  # one number, said to be many
-    ]
-    if wrong:
-        raise UserError(f"checkpoint {str(path)!r}: {listed(wrong)} is no plain tensor")
+    require_plain(tensors, path)
     if poisoned := not_finite(tensors):
         raise UserError(f"checkpoint {str(path)!r}: {listed(poisoned)} is not finite")

@@ -86,6 +86,8 @@ def start_run(
                 return train(state, _monitors(config, monitors), progress)
             except BaseException:
                 if accelerator.is_main_process and state.step == 0:
+                    if state.metrics is not None:
+                        state.metrics.close()  # trackers write later on, and into a folder of their own
                     empty(folder)
                 raise
     finally:
@@ -136,7 +138,9 @@ def resume_run(
                     f"training.steps is {config.training.steps}: {done} steps of {folder} are done "
                     "already; allowed is a larger number"
                 )
-        if checkpoint is not None and done == config.training.steps and is_monitored(checkpoint):
+            all_done = done == config.training.steps
+            finished = checkpoint is not None and all_done and is_monitored(checkpoint)
+        if finished:
             return None
         recorded = recorded_data(folder, record.fingerprint)
         source = main_process_first(accelerator, lambda: open_recorded(config.data, recorded))

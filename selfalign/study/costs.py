@@ -60,8 +60,9 @@ class QualityCost:
 
     @property
     def relative_flops(self) -> float | None:
-        """Operations at the median, as a share of those of the baseline's whole run."""
-        if self.median_steps is None:
+        """Operations at the median, as a share of those of the baseline's whole run; None where either is
+        not known."""
+        if self.median_steps is None or not self.baseline_flops:
             return None
         return self.median_steps * self.flops_per_step / self.baseline_flops
 

@@ -18,6 +18,10 @@ Pairs = tuple[tuple[str, str], ...]
 """Pairs of variants, (with, without)."""
 
 
+_OF_STUDY = {"seed": "--seeds", "data.train_fraction": "--data.train-fraction"}
+"""Settings in which a study's runs differ besides their variants, and the options that give them."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """One point of the factorial space: a recipe, and the settings that differ from it."""
@@ -34,6 +38,11 @@ class Variant:
         for given, name in zip(self.settings, names, strict=True):
             if names.count(name) > 1 or any(other.startswith(f"{name}.") for other in names):
                 raise UserError(f"{given} is given twice, by two names")
+        for name, option in _OF_STUDY.items():
+            if name in self.settings:
+                raise UserError(
+                    f"{name} is {self.settings[name]!r}: the study gives it, by {option}"
+                )
         recipe(self.recipe, self.settings)  # raises on what is unknown or contradicts itself
 
 

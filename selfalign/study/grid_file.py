@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from selfalign.errors import UserError
+from selfalign.records import read_bytes
 from selfalign.study.grid import Grid, grid_from_dict
 
 _TYPED = ("settings", "paper")
@@ -26,6 +27,8 @@ _TAGS = {
     f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")
 }
 _IMPLICIT = {f"tag:yaml.org,2002:{kind}" for kind in ("timestamp", "merge", "value")}
+MAX_BYTES = 2**22
+"""Of a grid in YAML."""
 _LARGEST = 100_000
 """Values in a grid, after its aliases have been followed."""
 
@@ -57,7 +60,9 @@ def _from_python(path: Path) -> Grid:
         spec.loader.exec_module(module)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (Exception, SystemExit) as error:  # whatever a user's file does
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a user's file does
         raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
     grid = getattr(module, "GRID", None)
     if not isinstance(grid, Grid):
@@ -66,8 +71,9 @@ def _from_python(path: Path) -> Grid:
 
 
 def _from_yaml(path: Path) -> Grid:
+    content = read_bytes(path, MAX_BYTES)
     try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8-sig"))
+        loader = yaml.SafeLoader(content.decode("utf-8-sig"))
         node = loader.get_single_node()
         values = None if node is None else _Values(loader).of(node, typed=False)
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:

@@ -1,5 +1,7 @@
 """What files of a study hold becomes a checked type, in which no unknown field is passed over."""
 
+import math
+from collections.abc import Iterable
 from typing import TypeVar
 
 import msgspec
@@ -8,6 +10,8 @@ from selfalign.errors import UserError
 from selfalign.records import convert
 
 T = TypeVar("T")
+LARGEST = 1e100
+"""Far beyond anything that is measured; the square of a larger number may be none."""
 
 
 def checked(values: object, kind: type[T], where: object) -> T:
@@ -32,6 +36,19 @@ def checked(values: object, kind: type[T], where: object) -> T:
     if unknown:
         raise UserError(f"{where}: there is no field {unknown!r}")
     return found
+
+
+def require_measurable(values: Iterable[float], name: str, where: object) -> None:
+    """Refuse numbers that nothing can have measured; runs that diverged hold NaN and infinity.
+
+    Raises:
+        UserError: one is beyond `LARGEST`.
+    """
+    for value in values:
+        if math.isfinite(value) and abs(value) > LARGEST:
+            raise UserError(
+                f"{where} cannot be read: {name} is {value:g}; allowed are numbers up to {LARGEST:g}"
+            )
 
 
 def _unknown(given: object, known: object, place: str) -> str:

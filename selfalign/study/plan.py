@@ -18,7 +18,7 @@ from selfalign.recipes import recipe
 from selfalign.records import read_plain
 from selfalign.study.grid import Grid, grid_from_dict
 from selfalign.study.parsing import checked
-from selfalign.study.settings import Measurement
+from selfalign.study.settings import MAX_SEEDS, Measurement
 
 STUDY_FILE = "study.json"
 _GROWING = ("seeds", "train_fractions")
@@ -53,6 +53,17 @@ class Registration:
     detectable: Mapping[str, float] = field(default_factory=dict)
     """By effect, the smallest that is found with a chance of 80 %, in standard deviations of what variant
     and seed leave unexplained."""
+
+    def __post_init__(self) -> None:
+        for name, fits, allowed in (
+            ("level", 0 < self.level < 1, "a chance between 0 and 1"),
+            ("seeds", self.seeds >= 1, "a number from 1"),
+            ("margins", all(0 < margin < 1 for margin in self.margins.values()), "shares below 1"),
+        ):
+            if not fits:
+                raise UserError(
+                    f"registration.{name} is {getattr(self, name)!r}: allowed is {allowed}"
+                )
 
 
 @dataclass(frozen=True)
@@ -96,6 +107,14 @@ class Study:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise UserError(f"{name} is {values}: needed are one or more different numbers")
+            if len(values) > MAX_SEEDS:
+                raise UserError(f"{name} are {len(values):,}: allowed are up to {MAX_SEEDS:,}")
+        titles = {effect.title for effect in self.grid.effects}
+        if self.registration is not None and (gone := set(self.registration.effects) - titles):
+            raise UserError(
+                f"registration.effects has {sorted(gone)[0]!r}, which is no effect of the grid: what was "
+                "laid down beforehand stays as it is"
+            )
         owners: dict[str, str] = {}
         for fraction in self.train_fractions:
             for name in self.grid.variants:

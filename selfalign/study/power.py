@@ -11,6 +11,7 @@ from selfalign.errors import UserError
 from selfalign.records import convert, read_plain
 from selfalign.study.estimates import Layout
 from selfalign.study.grid import Grid
+from selfalign.study.parsing import require_measurable
 from selfalign.study.plan import Registration
 from selfalign.study.results import METRICS
 from selfalign.study.verdicts import (
@@ -72,6 +73,7 @@ def read_pilot(folder: Path) -> Pilot:
     layouts: dict[str, dict[Any, float]] = {}
     for variant, metrics in numbers.means.items():
         for metric, mean in metrics.items():
+            require_measurable(mean.by_seed.values(), f"means.{variant}.{metric}", path)
             for seed, value in mean.by_seed.items():
                 layouts.setdefault(metric, {})[variant, seed] = value
     found = {metric: Layout(values) for metric, values in layouts.items() if metric in METRICS}

@@ -1,7 +1,6 @@
 """What the runs of a study measured, as its statistics and its report read it."""
 
 import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,18 +8,21 @@ from typing import Any, Literal
 
 import numpy as np
 
+from selfalign.arrays import Npz
 from selfalign.disk import write_whole
 from selfalign.errors import UserError
 from selfalign.names import printable
 from selfalign.records import read_bytes, read_plain
 from selfalign.study.estimates import Array, PairErrors
-from selfalign.study.parsing import checked
-from selfalign.study.plan import Job, Study, read_study
+from selfalign.study.parsing import checked, require_measurable
+from selfalign.study.plan import STUDY_FILE, Job, Study, read_study
 
 ERRORS_FILE = "heldout_errors.npz"
 """In a run's folder: by metric the squared error of every held-out pair, and its image and bin of t."""
 RESULT_FILE = "result.json"
 FAILED_SUFFIX = ".failed"
+MAX_BINS = 1000
+"""Of t, in which held-out errors can lie."""
 MAX_MESSAGE = 10**6
 """Bytes of the line that says why a run has no result."""
 RUNS = "runs"
@@ -169,7 +171,14 @@ def read_result(folder: Path) -> RunResult | None:
     path = folder / RESULT_FILE
     if not path.is_file():
         return None
-    return checked(read_plain(path, finite=False), RunResult, path)  # one that diverged holds NaN
+    result = checked(read_plain(path, finite=False), RunResult, path)  # one that diverged holds NaN
+    for name, value in (*result.metrics.items(), *result.heldout_images.items()):
+        require_measurable([value], name, path)
+    for name, curve in result.curves.items():
+        require_measurable((value for _, value in curve), name, path)
+    for name in ("heldout_by_timestep", "reliance_by_timestep"):
+        require_measurable(getattr(result, name), name, path)
+    return result
 
 
 @dataclass(frozen=True)
@@ -225,17 +234,24 @@ class StudyResults:
 
 
 def _read_errors(path: Path, metric: str) -> tuple[Array, Array, Array] | None:
-    try:
-        with np.load(path) as arrays:
-            if metric not in arrays:
-                return None
-            found = arrays[metric], arrays["images"], arrays["bins"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+    arrays = Npz(path)
+    if metric not in arrays:
+        return None
+    if missing := {"images", "bins"} - arrays.keys():
+        raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
+    found = arrays[metric], arrays["images"], arrays["bins"]
     if len({array.shape for array in found}) != 1 or found[0].ndim != 1 or found[0].size < 2:
         raise UserError(f"{path} is damaged: needed are as many errors as images and bins")
-    if any(array.dtype.kind != "i" or array.min() < 0 for array in found[1:]):
-        raise UserError(f"{path} is damaged: images and bins are no numbers from 0")
+    if found[0].dtype.kind != "f":
+        raise UserError(f"{path} is damaged: its errors are {found[0].dtype}")
+    for name, numbers, most in (
+        ("images", found[1], 2 * found[1].size),
+        ("bins", found[2], MAX_BINS),
+    ):
+        if numbers.dtype.kind != "i" or numbers.min() < 0 or numbers.max() >= most:
+            raise UserError(f"{path} is damaged: {name} are no numbers from 0 to {most - 1:,}")
+    if len(np.unique(found[2])) <= found[2].max():
+        raise UserError(f"{path} is damaged: a bin has no pairs")
     return found
 
 
@@ -253,6 +269,12 @@ def read_results(folder: Path) -> StudyResults:
         UserError: there is no study in it, or something in it is damaged.
     """
     study = read_study(folder)
+    if study.registration is not None and (
+        unknown := sorted(set(study.registration.metrics) - METRICS.keys())
+    ):
+        raise UserError(
+            f"{folder / STUDY_FILE}: registration.metrics has the unknown {unknown[0]!r}"
+        )
     done, failed, waiting = [], [], []
     for job in study.jobs():
         run = folder / RUNS / job.name

@@ -100,6 +100,13 @@ class Term(Part):
             f"allowed is a step after start_step, which is {self.start_step}, or 0 (never)",
         )
 
+    def require_pairs(self, config: RunConfig) -> None:
+        """Refuse steps that see one image at once: there is no other to compare it with."""
+        training = config.training
+        images = training.batch_size // training.gradient_accumulation
+        needed = f"terms.{self.name} needs 2 images at once, and has {images}"
+        training.require(images >= 2, "batch_size", needed)
+
     def weight_at(self, step: int) -> float:
         """The weight of optimizer step `step`, counted from 0."""
         reached = step // self.decay_every * self.decay_every

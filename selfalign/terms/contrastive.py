@@ -31,12 +31,7 @@ class Contrastive(Term):
     def check_in(self, config: Any) -> None:
         """There must be another sample, compared place by place."""
         config.views.require_all_tokens(self)
-        training = config.training
-        images = training.batch_size // training.gradient_accumulation
-        if images < 2:
-            training.require(
-                False, "batch_size", f"terms.contrastive needs 2 images at once, and has {images}"
-            )
+        self.require_pairs(config)
 
     def draw(
         self, config: RunConfig, shape: tuple[int, ...], generator: Generator

@@ -36,8 +36,9 @@ class Dispersive(Term):
         self.require_number("temperature", 1e-6, 1e6, "a number above 0")
 
     def check_in(self, config: Any) -> None:
-        """The block must be there."""
+        """The block must be there, and another sample."""
         self.tap(config)
+        self.require_pairs(config)
 
     def tap(self, config: RunConfig) -> Tap:
         """Whose features disperse."""

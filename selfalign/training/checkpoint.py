@@ -325,10 +325,16 @@ def mark_monitored(folder: Path, step: int) -> None:
 
 
 def is_monitored(checkpoint: Path) -> bool:
-    """Whether a run that goes on from this checkpoint need not call its monitors again."""
+    """Whether a run that goes on from this checkpoint need not call its monitors again.
+
+    Raises:
+        UserError: a folder is in the place of the file that says so, and could not be replaced.
+    """
     if not (checkpoint / CHECKSUMS).exists():
         return True  # version 0.1.0 called them before it wrote the checkpoint
     mark = checkpoint.parent / "monitored"
+    if mark.is_dir():
+        raise UserError(f"{mark} cannot be read: it is not a file")
     return mark.is_file() and read_bytes(mark, limit=100).strip() == checkpoint.name.encode()
 
 

@@ -71,8 +71,12 @@ class Metrics:
         self._track(lambda: self._accelerator.log(numbers, step=step))
 
     def close(self) -> None:
-        """Flush the trackers."""
-        self._track(self._accelerator.end_training)
+        """Flush the trackers.
+
+        Not by accelerate's `end_training`, which leaves the group of processes too: they end together.
+        """
+        for tracker in self._accelerator.trackers:
+            self._track(tracker.finish)
 
     def _track(self, act: Callable[[], object]) -> None:
         if not self._tracks:

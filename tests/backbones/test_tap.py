@@ -29,7 +29,9 @@ def test_known_answers(block, depth, tap):
     assert found == tap and type(found) is type(tap)
 
 
-@pytest.mark.parametrize("block", [0, -1, 7, 0.0, -0.3, 1.5, 7.0])
+@pytest.mark.parametrize(
+    "block", [0, -1, 7, 0.0, -0.3, 1.5, 7.0, float("nan"), float("inf"), 10**400]
+)
 def test_blocks_that_are_not_there_are_refused(block):
     with pytest.raises(UserError) as error:
         find_tap(block, 6, "some.setting")

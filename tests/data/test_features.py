@@ -186,6 +186,32 @@ def test_of_other_images_are_refused(images: Path, tmp_path: Path) -> None:
         prepare(str(changed), other, config(encoder=("small",)))
 
 
+def rewrite(path: Path, **changes) -> None:
+    """A file of JSON with other values at the top, or in a `layout`."""
+    record = json.loads(path.read_text())
+    for name, value in changes.items():
+        (record if name in record else record["layout"])[name] = value
+    path.write_text(json.dumps(record))
+
+
+def test_a_manifest_that_says_something_else_is_refused(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(str(images), out, config(encoder=("small",)))
+    folder = features_folder(out, "small")
+    manifest, whole = folder / "manifest.json", (folder / "manifest.json").read_text()
+    rewrite(manifest, encoder="small:4")
+    with pytest.raises(UserError, match="features of 'small:4': those of 'small' were expected"):
+        encoded(out).stored("small")
+    manifest.write_text(whole)
+    rewrite(manifest, record_checksums=None)
+    with pytest.raises(UserError, match="record_checksums: features have them"):
+        encoded(out).stored("small")
+    manifest.write_text(whole)
+    rewrite(manifest, shards=json.loads(whole)["shards"][:1])
+    with pytest.raises(UserError, match="holds features of 6 images, and number"):
+        encoded(out).stored("small")
+
+
 def test_missing_features_name_the_command(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare(str(images), out, config())

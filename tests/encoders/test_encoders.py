@@ -53,6 +53,7 @@ class TestWords:
             ("../x", ["PART[:MODEL]"]),
             ("timm:a@0", ["1 to 4096"]),
             ("timm:a@99999", ["1 to 4096"]),
+            ("timm:a@" + "9" * 5000, ["PART[:MODEL]"]),
         ],
     )
     def test_refused(self, word, said):

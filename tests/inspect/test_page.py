@@ -293,3 +293,15 @@ class TestRunsSideBySide:
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and message in said
         assert list(tmp_path.iterdir()) == []
+
+    def test_no_other_file_is_written_over(self, run, tmp_path, capsys):
+        copy = shutil.copytree(run, tmp_path / "run")
+        config = (copy / "config.json").read_bytes()
+        assert main(["report", str(run), "--out", str(copy / "config.html")]) == 2
+        assert "config.json: that is another file" in capsys.readouterr().err
+        assert (copy / "config.json").read_bytes() == config
+        for name in ("page.html", "page.json"):
+            (tmp_path / name).mkdir()
+            assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 2
+            assert f"{name} is a folder" in capsys.readouterr().err
+            (tmp_path / name).rmdir()

@@ -16,6 +16,9 @@ from small_images import make_images, random_image
 
 from selfalign import RunConfig, UserError, override, recipe
 from selfalign.cli import main
+from selfalign.data.latents import reader
+from selfalign.data.latents.prepare import prepare
+from selfalign.data.latents.settings import PrepareConfig
 from selfalign.evaluation import classifier
 from selfalign.runs.folder import LOCK, read_record
 from selfalign.runs.load import load_run
@@ -44,7 +47,7 @@ def run(small_run: Path, tmp_path: Path) -> Path:
 
 
 def test_a_run_that_fails_before_its_first_step_leaves_no_folder(
-    tmp_path: Path, small_config: RunConfig
+    tmp_path: Path, small_config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "a" / "b"
     wild = {"training.learning_rate": float("1e38"), "views.mask_ratios": (1e-9,)}
@@ -58,6 +61,23 @@ def test_a_run_that_fails_before_its_first_step_leaves_no_folder(
     with pytest.raises(UserError, match="is not a readable image"):
         start_run(override(small_config, data), folder, quiet)
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
+    # A shard that is damaged is read when the run has begun; trackers write from threads of their own.
+    store = tmp_path / "store"
+    prepare(
+        str(make_images(tmp_path / "whole", 12)), store, PrepareConfig(image_size=8, vae="none")
+    )
+    monkeypatch.setattr(reader, "CHECKED_RECORDS", 0)
+    shard = store / "shard-00000.bin"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    stored = {
+        "data.name": "latents",
+        "data.root": str(store),
+        "model.size": "tiny/4",
+        "training.trackers": ("tensorboard",),
+    }
+    with pytest.raises(UserError, match="is damaged"):
+        start_run(override(small_config, stored), folder, quiet)
+    assert not (tmp_path / "a").exists()
     folder.mkdir(parents=True)  # one that was there stays
     with pytest.raises(UserError, match="is not a readable image"):
         start_run(override(small_config, data), folder, quiet)

@@ -218,6 +218,21 @@ def test_names_that_only_hold_a_slash() -> None:
         Grid("g", {name: Variant("sit") for name in ("a", "a/seed_0")})
 
 
+def test_files_that_are_no_grids_by_their_size_alone(tmp_path: Path) -> None:
+    path = tmp_path / "g.yaml"
+    path.write_bytes(b"#" * (2**22 + 1))
+    with pytest.raises(UserError, match=r"has 4,194,305 bytes; allowed are 4,194,304"):
+        load_grid(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("seed", "--seeds"), ("data.train_fraction", "--data.train-fraction")]
+)
+def test_what_the_study_gives_is_no_variants(name: str, option: str) -> None:
+    with pytest.raises(UserError, match=f"{name} is 1: the study gives it, by {option}"):
+        Variant("sit", {name: 1})
+
+
 def test_aliases_do_not_multiply(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]" for k in range(1, 9)]

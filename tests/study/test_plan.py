@@ -66,6 +66,12 @@ def test_used_folders_are_refused(tmp_path: Path) -> None:
         read_study(tmp_path)
 
 
+def registered(record: dict, **changes: object) -> dict:
+    """A study's record with something laid down beforehand."""
+    known = {"effects": [], "metrics": [], "margins": {}, "level": 0.05, "seeds": 2}
+    return record | {"registration": known | changes}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -75,6 +81,12 @@ def test_used_folders_are_refused(tmp_path: Path) -> None:
         (lambda record: [1], "describes no study"),
         (lambda record: record | {"seeds": ["0"]}, r"seeds\[.*\]: Expected `int`, got `str`"),
         (lambda record: record | {"seeds": []}, r"seeds is \(\)"),
+        (lambda record: record | {"seeds": list(range(10_001))}, "seeds are 10,001"),
+        (lambda record: registered(record, effects=["none"]), "no effect of the grid"),
+        (lambda record: registered(record, level=0), "registration.level is 0"),
+        (lambda record: registered(record, level=float("nan")), "registration.level is nan"),
+        (lambda record: registered(record, seeds=0), "registration.seeds is 0"),
+        (lambda record: registered(record, margins={"fid": -1}), "registration.margins is"),
         (lambda record: record | {"colour": 1}, "no field 'colour'"),
         (lambda record: record | {"measurement": {"num": 40, "nums": 3}}, "'measurement.nums'"),
         (lambda record: record | {"measurement": {"num": -1}}, "measurement.num is -1"),

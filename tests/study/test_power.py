@@ -64,6 +64,10 @@ def test_more_seeds_find_less(tmp_path: Path) -> None:
         ("[]", "cannot be read"),
         ('{"means": {"a": {"heldout_loss": {"by_seed": {"x": 1}}}}}', "cannot be read"),
         ('{"means": {}}', "needed are two variants and two seeds"),
+        (
+            '{"means": {"a": {"heldout_loss": {"by_seed": {"0": 1e308, "1": 1}}}}}',
+            "means.a.heldout_loss is 1e.308; allowed are numbers up to 1e.100",
+        ),
     ],
 )
 def test_what_is_no_earlier_study(tmp_path: Path, text: str, said: str) -> None:

@@ -293,6 +293,37 @@ class TestOtherStudies:
             write_report(tmp_path / "s")
         assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"metrics": {"heldout_loss": 1e308}},
+            {"heldout_by_timestep": [1e308]},
+            {"curves": {"heldout_loss": [[1, -1e308]]}},
+        ],
+    )
+    def test_with_numbers_that_nothing_can_have_measured(self, tmp_path, changes):
+        write_synthetic_study(tmp_path / "s")
+        file = tmp_path / "s" / "runs" / "sra" / "seed_1" / "result.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        with pytest.raises(UserError, match=r"allowed are numbers up to 1e.100"):
+            write_report(tmp_path / "s")
+
+    def test_of_runs_that_took_no_time(self, tmp_path):
+        write_synthetic_study(tmp_path / "s")
+        for file in tmp_path.rglob("result.json"):
+            nothing = {"seconds": 0, "seconds_per_step": 0, "flops_per_step": 0}
+            file.write_text(json.dumps(json.loads(file.read_text()) | nothing))
+        assert write_report(tmp_path / "s").is_file()
+
+    def test_with_a_registered_metric_that_is_not_known(self, tmp_path):
+        write_synthetic_study(tmp_path / "s")
+        file = tmp_path / "s" / "study.json"
+        record = json.loads(file.read_text())
+        record["registration"]["metrics"] = ["nosuch"]
+        file.write_text(json.dumps(record))
+        with pytest.raises(UserError, match="registration.metrics has the unknown 'nosuch'"):
+            write_report(tmp_path / "s")
+
     def test_of_data_that_is_not_here(self, tmp_path):
         settings = {**SETTINGS, "data.name": "folder", "data.root": "gone"}
         write_synthetic_study(tmp_path / "s", settings=settings)

@@ -179,6 +179,21 @@ class TestHeldOutErrors:
             lambda path: np.savez(
                 path, heldout_loss=np.zeros(3), images=-np.ones(3, int), bins=np.zeros(3, int)
             ),
+            lambda path: np.savez(
+                path, heldout_loss=np.zeros(3), images=np.full(3, 2**62), bins=np.zeros(3, int)
+            ),
+            lambda path: np.savez(
+                path, heldout_loss=np.zeros(3), images=np.arange(3), bins=np.array([0, 0, 2**62])
+            ),
+            lambda path: np.savez(
+                path, heldout_loss=np.zeros(3), images=np.arange(3), bins=np.array([0, 0, 2])
+            ),
+            lambda path: np.savez(
+                path, heldout_loss=np.array(["a"] * 3), images=np.arange(3), bins=np.zeros(3, int)
+            ),
+            lambda path: np.savez(
+                path, heldout_loss=np.array([{}] * 3), images=np.arange(3), bins=np.zeros(3, int)
+            ),
         ],
     )
     def test_damaged_files_are_one_line(self, tmp_path, damage):

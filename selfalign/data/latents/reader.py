@@ -197,26 +197,39 @@ class StoredFeatures:
         return self.records.read(self.positions[np.asarray(indices)], mirrored)
 
 
-def open_features(folder: Path, positions: np.ndarray, flip: bool, of: str) -> StoredFeatures:
+def open_features(
+    folder: Path, word: str, positions: np.ndarray, flip: bool, of: str
+) -> StoredFeatures:
     """Features that are stored in a folder.
 
     Args:
         folder: of the features.
+        word: of the encoder.
         positions: which of its records are the split's images.
         flip: whether images are mirrored in training.
         of: fingerprint of the set of images.
 
     Raises:
-        UserError: they are missing, unfinished or damaged, of other images, or without mirrored copies.
+        UserError: they are missing, unfinished or damaged, of other images, by another encoder, or without
+            mirrored copies.
     """
     manifest = read_manifest(folder)
     layout = manifest.layout
     if layout.kind != "features":
         raise UserError(f"{folder} holds {layout.kind}: features were expected")
+    if layout.encoder != word:
+        raise UserError(
+            f"{folder} holds features of {layout.encoder!r}: those of {word!r} were expected"
+        )
     if layout.fingerprint != of:
         raise UserError(
             f"the features in {folder} were made of other images (fingerprint {layout.fingerprint} instead "
             f"of {of}): remove that folder and run `selfalign prepare` again with --encoder {layout.encoder}"
+        )
+    if len(positions) and positions.max() >= manifest.records:
+        raise UserError(
+            f"{folder} holds features of {manifest.records:,} images, and number {positions.max():,} is "
+            "asked for: remove that folder, and run `selfalign prepare` again"
         )
     for file, problem in check_sizes(folder, layout, manifest.shards, True).items():
         raise UserError(f"{folder / file} {problem}")

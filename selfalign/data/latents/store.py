@@ -128,6 +128,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the files beside the shards hold; None where there are none."""
     format: int = FORMAT
 
+    def __post_init__(self) -> None:
+        if self.layout.kind == "features" and self.record_checksums is None:
+            raise ValueError("record_checksums: features have them, of whatever version")
+
     @property
     def has_checksums(self) -> bool:
         """Whether there are checksums of records beside the shards."""

@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 import selfalign
-from selfalign.disk import write_whole
+from selfalign.disk import require_no_folder, write_whole
 from selfalign.errors import UserError
 from selfalign.pages import numbers
 from selfalign.pages.figures import (
@@ -20,7 +22,7 @@ from selfalign.pages.figures import (
     timestep_chart,
 )
 from selfalign.pages.render import render
-from selfalign.records import read_plain
+from selfalign.records import convert, read_plain
 from selfalign.study.grid import Effect, Row, Table
 from selfalign.study.grids import GRIDS
 from selfalign.study.paper import PAPER, QUESTION, TWO_BY_TWO
@@ -63,6 +65,16 @@ class CurvesPanel:
     figures: Sequence[Chart]
 
 
+class _Runs(msgspec.Struct):
+    done: list[str] = []
+
+
+class _Earlier(msgspec.Struct):
+    """What counts of an earlier report.json."""
+
+    runs: _Runs = msgspec.field(default_factory=_Runs)
+
+
 def write_report(folder: Path) -> Path:
     """Write report.html and report.json of a study, finished or not.
 
@@ -78,11 +90,13 @@ def write_report(folder: Path) -> Path:
     """
     results = read_results(folder)
     numbers_file = folder / NUMBERS_FILE
+    require_no_folder(folder / REPORT_FILE, numbers_file)
     if not results.done and not (folder / RUNS).exists() and numbers_file.exists():
-        done = read_plain(numbers_file, finite=False).get("runs", {}).get("done", [])
+        plain = read_plain(numbers_file, finite=False)
+        earlier = convert(plain, _Earlier, f"{numbers_file} cannot be read")
         raise UserError(
-            f"{folder} holds the numbers of {len(done)} runs and none of the runs: a report made here "
-            "would be empty; make it where the runs are"
+            f"{folder} holds the numbers of {len(earlier.runs.done)} runs and none of the runs: a report "
+            "made here would be empty; make it where the runs are"
         )
     analysis = analyse(results)
     page = _render(folder, results, analysis)

@@ -13,6 +13,7 @@ from torch import Tensor
 from selfalign.config import resolve
 from selfalign.data.datasets import open_data
 from selfalign.errors import UserError
+from selfalign.evaluation.inputs import open_images
 from selfalign.inspect.views import draw_diagram, see_views
 from selfalign.sampling.pictures import MAX_COLUMNS, column_labels, data_uri, tile
 from selfalign.study.plan import Job
@@ -46,18 +47,21 @@ def sample_strips(
         runs: finished ones.
         seed: which of them are shown.
         class_names: of the labels; empty where there are none.
+
+    Raises:
+        UserError: a file of samples is damaged.
     """
     strips = []
     for run in runs:
         files = sorted((folder / run.folder).glob("evaluation/*/samples.npz"))
         if run.seed != seed or not files:
             continue
-        with np.load(files[-1]) as arrays:
-            images = arrays["arr_0"]
-            labels = arrays.get("arr_1")
-        chosen = _choose(labels, len(images), len(class_names))
+        samples = open_images(files[-1])
+        labels = None if samples.labels is None else samples.labels.numpy()
+        chosen = _choose(labels, len(samples), len(class_names))
         columns = len(chosen) // SAMPLE_ROWS or len(chosen)
-        picture = tile(_shrink(images[chosen]), columns)
+        shown = samples.read(chosen).permute(0, 2, 3, 1).numpy()
+        picture = tile(_shrink(shown), columns)
         strips.append(
             SampleStrip(run.variant, data_uri(picture), picture.shape[1], picture.shape[0])
         )

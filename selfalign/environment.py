@@ -20,7 +20,7 @@ _FLAGS = (
 )
 _TRUE, _FALSE = ("1", "true", "yes", "y", "t", "on"), ("0", "false", "no", "n", "f", "off")
 _LEVELS = ("debug", "info", "warn", "warning", "error", "fatal", "critical", "notset")
-_OTHER_WAYS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
+_OTHER_WAYS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
 
 def check_environment() -> None:

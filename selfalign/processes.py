@@ -16,6 +16,7 @@ from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin, gath
 
 from selfalign.environment import check_environment, is_launched
 from selfalign.errors import AgreedError, UserError
+from selfalign.signals import stop_signals
 
 T = TypeVar("T")
 
@@ -72,12 +73,12 @@ def open_accelerator(
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Within this block Ctrl-C and SIGTERM end one of several processes at once: there is nothing to tidy up.
+    """Within this block a stop signal ends one of several processes at once: there is nothing to tidy up.
 
     torch waits there for the others, which may never come, and Python would hear of a signal afterwards.
     """
     in_main = threading.current_thread() is threading.main_thread()
-    watched = (signal.SIGINT, signal.SIGTERM) if is_launched() and in_main else ()
+    watched = stop_signals() if is_launched() and in_main else ()
     previous = {number: signal.signal(number, signal.SIG_DFL) for number in watched}
     try:
         yield

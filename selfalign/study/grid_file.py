@@ -133,7 +133,9 @@ def _word(text: str) -> Any:
     if _INTEGER.fullmatch(text):
         return int(text)
     if _NUMBER.fullmatch(text):
-        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+        number = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+        is_whole = "." not in text and abs(number) < 2**53 and number.is_integer()
+        return int(number) if is_whole else number  # steps: 1e5
     return text
 
 

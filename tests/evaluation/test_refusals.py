@@ -137,7 +137,10 @@ class TestStatistics:
         (["samples.npz", "--reference", "digits", "--write-reference", "samples.npz"], "read from"),
         (["samples.npz", "--reference", "digits", "--write-reference", "/proc/r.npz"], "/proc"),
         (["samples.npz", "--reference", "digits", "--write-reference", "nosuch"], "ending in .npz"),
-        (["samples.npz", "--reference", "digits", "--data.name", "nosuch"], "allowed are arrays, cifar10"),
+        (
+            ["samples.npz", "--reference", "digits", "--data.name", "nosuch"],
+            "allowed are arrays, cifar10",
+        ),
         (["samples.npz", "--reference", "digits", "--inception-splits", "0"], "from 1"),
         (["samples.npz", "--reference", "digits", "--batch-size", "-1"], "from 1"),
         (["samples.npz", "--protocol", "nosuch", "--reference", "digits"], "--protocol"),

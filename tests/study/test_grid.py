@@ -246,7 +246,7 @@ def test_words_of_yaml_are_what_they_look_like(tmp_path: Path) -> None:
     (tmp_path / "g.yaml").write_text(
         "variants:\n"
         "  0.25: {recipe: sit, settings: {training.learning_rate: 1e-3}}\n"
-        "  on: {recipe: sit, settings: {training.steps: 10, training.compile: yes}}\n"
+        "  on: {recipe: sit, settings: {training.steps: 1e1, training.compile: yes}}\n"
         "  1e-3: {recipe: sit, settings: {data.root: 2024-01-01}}\n"
         "  null: {recipe: sit, settings: {data.root: '7', training.adam_betas: [.9, 0.99]}}\n"
         "  010: &base {recipe: sit}\n"

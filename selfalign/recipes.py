@@ -216,6 +216,7 @@ RECIPES: dict[str, Recipe] = {
             "training.steps": 4_000_000,
             "data.root": "data/imagenet256",
         },
+        needs="latents",
     ),
     "imagenet256-b2": Recipe(
         "sra-dts-as as in the paper's ablations: SiT-B/2 on latents of 32×32, 800K steps",
@@ -228,6 +229,7 @@ RECIPES: dict[str, Recipe] = {
             "training.steps": 800_000,
             "data.root": "data/imagenet256",
         },
+        needs="latents",
     ),
     "imagenet512-xl2": Recipe(
         "sra-dts-as at 512×512 pixels: SiT-XL/2 on latents of 64×64, 1M steps of batch 256",
@@ -238,6 +240,7 @@ RECIPES: dict[str, Recipe] = {
             "training.steps": 1_000_000,
             "data.root": "data/imagenet512",
         },
+        needs="latents",
     ),
 }
 

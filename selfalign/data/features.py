@@ -47,6 +47,16 @@ class Encoded:
         square = len(set(self.source.image_size)) == 1
         return "once" if isinstance(self.split, MemorySplit) and square else "every-step"
 
+    def shape(self, word: str, when: When) -> tuple[int, int, int]:
+        """Rows, columns and features of an encoder's tokens, before any image is encoded.
+
+        Raises:
+            UserError: there is no such encoder, or its features should be stored and are not there.
+        """
+        if when == "once" and isinstance(self.split, StoredSplit):
+            return self.stored(word).shape
+        return probe(open_encoder(word, self.image_side, self.setting), self.image_side)
+
     def describe(self, word: str, when: When) -> tuple[tuple[int, int, int], str]:
         """Rows, columns and features of an encoder's tokens, and the encoder's hash.
 

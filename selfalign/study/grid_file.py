@@ -43,7 +43,8 @@ def load_grid(path: Path) -> Grid:
     """
     if not path.is_file():
         raise UserError(
-            f"{path} does not exist: allowed are paper, 2x2, a .py or a .yaml file of a grid"
+            f"{path} does not exist: allowed are paper, 2x2 and the other names in "
+            "`selfalign study --help`, a .py or a .yaml file of a grid"
         )
     if path.suffix == ".py":
         return _from_python(path)

@@ -91,14 +91,15 @@ class FrozenEncoderTarget(Target):
         setting = self.dotted("encoders")
         encoded = Encoded(source, config.data, setting)
         when = encoded.when(self.encoders, self.when)
-        found = [encoded.describe(word, when) for word in self.encoders]
-        for word, (shape, _) in zip(self.encoders, found, strict=True):
+        for word in () if self.interpolate else self.encoders:
+            rows, columns, _ = encoded.shape(word, when)
             self.require(
-                self.interpolate or shape[:2] == config.grid.shape,
+                (rows, columns) == config.grid.shape,
                 "interpolate",
-                f"{word} has {shape[0]}×{shape[1]} tokens and the model "
+                f"{word} has {rows}×{columns} tokens and the model "
                 f"{'×'.join(map(str, config.grid.shape))}; allowed is True, or another @SIDE",
             )
+        found = [encoded.describe(word, when) for word in self.encoders]
         widths, hashes = tuple(shape[2] for shape, _ in found), tuple(sha for _, sha in found)
         self.require(self.widths in ((), widths), "widths", f"the encoders have {widths}")
         for word, before, now in zip(self.encoders, self.hashes, hashes, strict=False):

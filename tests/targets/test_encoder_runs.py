@@ -195,3 +195,7 @@ def test_what_is_not_there_is_told_before_anything_is_written(tmp_path: Path) ->
             start_run(config, tmp_path / "run", quiet)
         assert said in str(error.value) and "\n" not in str(error.value)
         assert not (tmp_path / "run").exists()
+        encoded = (tmp_path / "cache" / "features").exists()
+        assert encoded == ("112" in said), (
+            "grids that do not fit are told before images are encoded"
+        )

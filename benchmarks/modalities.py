@@ -1,7 +1,7 @@
 """Small real data of other kinds than images of classes, as files for `--data.name arrays`.
 
-    python benchmarks/modalities.py power aeon-*.whl power.npz        # signals (1096, 1, 24), 2 classes
-    python benchmarks/modalities.py vowels aeon-*.whl vowels.npz      # signals (640, 12, 24), 9 classes
+    python benchmarks/modalities.py power aeon-*.whl power.npz        # signals, 2 classes
+    python benchmarks/modalities.py vowels aeon-*.whl vowels.npz      # signals of unequal lengths, 9 classes
     python benchmarks/modalities.py digits - digits_video.npz         # videos of 16 frames, 10 classes
     python benchmarks/modalities.py emoji emoji-datasource-google-*.tgz emoji.npz   # images with names
 
@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
-VOWEL_LENGTH = 24
-"""Longer utterances are resampled to it, shorter ones too."""
+VOWEL_LENGTH = 32
+"""The longest utterance has 29 frames; the others are filled up, and their lengths told."""
 CANVAS, FRAMES = 16, 16
 EMOJI_SIDE = 32
 
@@ -63,16 +63,11 @@ def power(source: str) -> Arrays:
 def vowels(source: str) -> Arrays:
     """JapaneseVowels: 12 cepstral coefficients of /ae/, spoken by nine people."""
     series, labels = of_aeon(source, "JapaneseVowels")
-    places = np.linspace(0, 1, VOWEL_LENGTH)
-
-    def resampled(one: np.ndarray) -> np.ndarray:
-        own = np.linspace(0, 1, one.shape[1])
-        return np.stack([np.interp(places, own, channel) for channel in one])
-
-    return {
-        "signals": np.stack([resampled(one) for one in series]).astype(np.float32),
-        "labels": np.array(labels),
-    }
+    signals = np.zeros((len(series), 12, VOWEL_LENGTH), np.float32)
+    for row, one in zip(signals, series, strict=True):
+        row[:, : one.shape[1]] = one
+    lengths = np.array([one.shape[1] for one in series])
+    return {"signals": signals, "labels": np.array(labels), "lengths": lengths}
 
 
 def digits(source: str) -> Arrays:

@@ -66,6 +66,11 @@ class RunConfig(Settings):
             part.check_in(self)
         self._check_hidden_groups()
         self.model.require(
+            not self.data.source.padded or self.backbone.pads,
+            "backbone",
+            "it sees every token, and samples are of unequal lengths; allowed is sit",
+        )
+        self.model.require(
             not self.condition.attends or self.backbone.attends,
             "condition",
             f"model.backbone {self.model.backbone} attends to no texts; allowed is label",

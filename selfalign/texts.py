@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from selfalign.errors import UserError
+from selfalign.masked import attend
 from selfalign.ops.modules import Linear
 
 PADDING, BEGIN, FIRST_BYTE = 0, 1, 2
@@ -198,16 +199,3 @@ def _not_there(name: str, error: Exception) -> UserError:
         )
     reason = str(error).strip().partition("\n")[0]
     return UserError(f"conditions.text.encoder is 'transformers:{name}': {reason}")
-
-
-def attend(
-    q: Float[Tensor, "B N D"],
-    k: Float[Tensor, "B L D"],
-    v: Float[Tensor, "B L D"],
-    heads: int,
-    present: Bool[Tensor, "B L"],
-) -> Float[Tensor, "B N D"]:
-    """softmax(QKᵀ/√d)V of every head over the keys that are present; their mask is one row per sample."""
-    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=present[:, None, None])
-    return out.transpose(1, 2).flatten(2)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the command line prints its help without torch
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor, device
 
 
@@ -127,6 +127,8 @@ class TokenGroups:
     """Whether the tokens of the other samples attend within their group only (Eq. 8 and 9)."""
     passing: Passing | None = None
     """Which groups pass by which blocks."""
+    present: Bool[Tensor, "B N"] | None = None
+    """Which tokens are there, in group order, where samples are of unequal lengths; None: all."""
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -147,7 +149,8 @@ class TokenGroups:
         """
         sizes = self.sizes[: len(self.sizes) - hidden]
         order = None if self.order is None else self.order[:, : sum(sizes)]
-        return TokenGroups(order, sizes, self.whole, self.separate)
+        present = None if self.present is None else self.present[:, : sum(sizes)]
+        return TokenGroups(order, sizes, self.whole, self.separate, present=present)
 
     def in_block(self, number: int) -> TokenGroups:
         """The groups that a block works on, counted from 1: these, or those that do not pass by."""
@@ -182,7 +185,16 @@ class TokenGroups:
     def repeat(self, times: int) -> TokenGroups:
         """The groups of a batch that is the same samples several times over. Without whole images."""
         order = None if self.order is None else self.order.repeat(times, 1)
-        return TokenGroups(order, self.sizes, separate=self.separate)
+        present = None if self.present is None else self.present.repeat(times, 1)
+        return TokenGroups(order, self.sizes, separate=self.separate, present=present)
+
+
+def without_padding(
+    tokens: Float[Tensor, "B N P"],
+) -> tuple[Float[Tensor, "B N P"], Bool[Tensor, "B N"]]:
+    """Tokens of samples whose missing end is NaN: with zeros there, and which of them are there at all."""
+    missing = tokens.isnan()
+    return tokens.masked_fill(missing, 0), ~missing.all(dim=2)
 
 
 def one_group(num_tokens: int) -> TokenGroups:

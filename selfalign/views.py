@@ -17,7 +17,7 @@ from selfalign.flow import PATHS, Path, TimestepDistribution
 from selfalign.network import Backbone
 from selfalign.partitions import Scene
 from selfalign.sections import ViewsConfig
-from selfalign.tokens import Passing, TokenGrid, TokenGroups, group_sizes
+from selfalign.tokens import Passing, TokenGrid, TokenGroups, group_sizes, without_padding
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ def draw_views(
         condition: of every sample, for the teacher.
     """
     x0 = batch if isinstance(batch, Tensor) else None
+    if x0 is not None and config.data.source.padded:
+        x0 = x0.nan_to_num(0)
     shape = tuple(batch.shape if isinstance(batch, Tensor) else batch)
     grouping = config.views if views is None else views
     count, device, groups = shape[0], generator.device, len(grouping.mask_ratios)
@@ -120,6 +122,8 @@ class Views:
     """What the student sees."""
     target: Float[Tensor, "B n P"]
     """The velocity of the path at the student's view (Eq. 2)."""
+    present: Bool[Tensor, "B N"] | None = None
+    """Which of all tokens are there; None: all."""
 
     @property
     def groups(self) -> TokenGroups:
@@ -168,7 +172,10 @@ def make_views(config: ResolvedConfig, x0: Float[Tensor, "B C *sides"], draw: Dr
         separate=views.attention == "separated",
     )
     clean, noise = (groups.sort(grid.patchify(samples)) for samples in (x0, draw.noise))
-    seen, timesteps = (clean, noise), draw.timesteps
+    if config.data.source.padded:
+        clean, present = without_padding(clean)
+        groups = replace(groups, present=present)
+    whole, seen, timesteps = groups.present, (clean, noise), draw.timesteps
     if hidden := views.hidden_groups:
         if views.skipped_blocks is None:
             groups, timesteps = groups.kept(hidden), timesteps[:, :-hidden]
@@ -178,4 +185,4 @@ def make_views(config: ResolvedConfig, x0: Float[Tensor, "B C *sides"], draw: Dr
             groups = replace(groups, passing=Passing(hidden, *views.skipped_blocks, masked))
     student = noised(*seen, path, timesteps, groups)
     t = groups.broadcast(student.timesteps[..., None])
-    return Views(clean, noise, path, student, path.velocity(*seen, t))
+    return Views(clean, noise, path, student, path.velocity(*seen, t), whole)

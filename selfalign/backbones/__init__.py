@@ -25,6 +25,9 @@ class BackboneConfig(Part):
     passes_by: ClassVar[bool] = False
     """Whether tokens can pass by some of its blocks (`TokenGroups.passing`)."""
 
+    pads: ClassVar[bool] = False
+    """Whether it leaves out tokens that are not there (`TokenGroups.present`)."""
+
     @property
     def attends(self) -> bool:
         """Whether its blocks attend to conditions that are texts (`Condition.attends`)."""

@@ -33,6 +33,9 @@ class SampleArguments:
     labels: Literal["random", "balanced"] | tuple[int, ...] = "random"
     """Classes: drawn at random, balanced (sample i has class i modulo their number), or given ones,
     repeated in order over the samples."""
+    lengths: tuple[int, ...] = ()
+    """Lengths along the first side, repeated in order over the samples; signals are NaN beyond them. Left
+    out: as long as the model's samples are."""
     prompts: tuple[str, ...] = ()
     """Texts in the place of labels, repeated in order over the samples, for a model that reads texts."""
     batch_size: int = 100
@@ -99,6 +102,16 @@ def _sample(parsed: SampleArguments, sampling: SamplingConfig) -> int:
     check_sampling(run.model, sampling, run.config.views.class_dropout, labels)
     if parsed.prompts:
         labels = _told(run, parsed)
+    longest = run.model.image_size[0]
+    if parsed.lengths and not (
+        run.config.data.source.padded
+        and not sampling.mask_ratio
+        and all(1 <= length <= longest for length in parsed.lengths)
+    ):
+        raise UserError(
+            f"--lengths are {parsed.lengths}: allowed are numbers from 1 to {longest}, for a model of "
+            "samples of unequal lengths, without --mask-ratio"
+        )
     size = parsed.num * (math.prod(run.image_shape) + LABEL_BYTES)
     require_writable(parsed.out)
     require_no_folder(*(parsed.out / name for name in (SAMPLES, SETTINGS, GRID)))
@@ -116,6 +129,7 @@ def _sample(parsed: SampleArguments, sampling: SamplingConfig) -> int:
             batch_size=parsed.batch_size,
             labels=labels,
             separate=run.config.views.attention == "separated",
+            lengths=parsed.lengths or None,
         )
         for batch in batches:
             images.append(as_array(run.decode(batch.images)))
@@ -123,7 +137,8 @@ def _sample(parsed: SampleArguments, sampling: SamplingConfig) -> int:
             bar.update(task, advance=len(batch.indices))
     arr_0 = np.concatenate(images)
     arr_1 = np.concatenate([part.numpy() for part in chosen])
-    told = {"prompts": parsed.prompts} if parsed.prompts else {"labels": labels}
+    told: dict[str, Any] = {"prompts": parsed.prompts} if parsed.prompts else {"labels": labels}
+    told |= {"lengths": parsed.lengths} if parsed.lengths else {}
     record = sampling_record(run, sampling, weights=parsed.weights, num=parsed.num, **told)
     names = run.class_names if run.model.num_classes else ()
     if parsed.prompts:

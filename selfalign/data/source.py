@@ -75,9 +75,10 @@ def as_pictures(samples: Float[Tensor, "B C *sides"]) -> Float[Tensor, "B C H W"
     Images stay as they are. A signal's channels are the rows of a grey picture, and a video's frames stand
     below each other.
     """
-    if samples.ndim == 3:
-        return samples[:, None]
-    return samples.flatten(2, 3) if samples.ndim == 5 else samples
+    if samples.ndim == 4:
+        return samples
+    samples = samples.nan_to_num(0)  # beyond the end of a shorter one
+    return samples[:, None] if samples.ndim == 3 else samples.flatten(2, 3)
 
 
 def picture_shape(channels: int, sides: Sequence[int]) -> tuple[int, int, int]:

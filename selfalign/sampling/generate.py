@@ -92,6 +92,7 @@ def generate(
     labels: Labels | None = None,
     first: int = 0,
     separate: bool = True,
+    lengths: Sequence[int] | None = None,
 ) -> Iterator[Samples]:
     """Make samples first to first+num-1, a batch at a time.
 
@@ -105,6 +106,8 @@ def generate(
             draws them.
         first: number of the first sample.
         separate: whether sampling with groups separates their attention, as the model was trained.
+        lengths: of the samples along their first side, repeated in order; beyond them is NaN. None: all
+            are as long as can be.
 
     Raises:
         UserError: a sample is not finite.
@@ -130,12 +133,18 @@ def generate(
             return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
         condition = chosen.to(device)
+        groups, ends = None, None
+        if config.mask_ratio:
+            groups = _sampling_groups(config, model, indices, separate)
+        elif lengths is not None:
+            ends = torch.tensor([lengths[i % len(lengths)] for i in indices], device=device)
+            groups = _lengths(model, ends)
         guided = GuidedModel(
             model,
             condition,
             model.condition.null(condition, model.num_classes),
             config.guidance,
-            _sampling_groups(config, model, indices, separate) if config.mask_ratio else None,
+            groups,
             config.internal_guidance,
         )
         noise = draw()
@@ -150,7 +159,17 @@ def generate(
                 f"samples {indices.start} to {indices.stop - 1} are not finite: the model has diverged, or "
                 f"is guided too strongly (guidance_scale is {config.guidance_scale:g})"
             )
+        if ends is not None:
+            places = torch.arange(shape[1], device=device).view(1, 1, -1, *[1] * (len(shape) - 2))
+            images = images.masked_fill(places >= ends.view(-1, *[1] * len(shape)), torch.nan)
         yield Samples(indices, images.float(), chosen)
+
+
+def _lengths(model: Backbone, ends: Int[Tensor, "B"]) -> Callable[[int], TokenGroups]:
+    """One token group per sample, of which the tokens beyond its length are not there."""
+    place = model.patch_size * model.grid.coordinates(ends.device)[:, 0]
+    groups = TokenGroups(None, (model.num_tokens,), present=place[None] < ends[:, None])
+    return lambda step: groups
 
 
 def _sampling_groups(

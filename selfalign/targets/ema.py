@@ -108,7 +108,9 @@ class EMATarget(Target):
         count = len(groups.sizes)  # those that the student sees
         timesteps, interval = draw.timesteps[:, :count], draw.teacher_interval[:, :count]
         if not self.groups:
-            groups = TokenGroups(order=draw.order, sizes=(views.x0.shape[1],))
+            groups = TokenGroups(
+                order=draw.order, sizes=(views.x0.shape[1],), present=views.present
+            )
             timesteps, interval = timesteps[:, :1], interval[:, :1]
         if self.timestep == "below":
             timesteps = (timesteps - interval).clamp(0, 1)

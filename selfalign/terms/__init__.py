@@ -34,12 +34,39 @@ def over_groups(
         weights: of the groups; those of weight 0 are not scored. None at all: every token counts the same.
         features: what is compared, in group order.
     """
+    if groups.present is not None:
+        return _over_present(loss, groups, groups.present, weights, *features)
     if not weights:
         return loss(*features)
     shares = [w * n for w, n in zip(weights, groups.sizes, strict=False)]
     scored = [(share, part) for share, part in zip(shares, groups.slices, strict=True) if share]
     parts = [share * loss(*(held[:, part] for held in features)) for share, part in scored]
     return sum(parts[1:], start=parts[0]) / sum(share for share, _ in scored)
+
+
+def _over_present(
+    loss: Callable[..., Tensor],
+    groups: TokenGroups,
+    present: Tensor,
+    weights: tuple[float, ...],
+    *features: Tensor,
+) -> Tensor:
+    """The same over the tokens that are there: where none is, nothing differs and nothing counts."""
+    import torch
+
+    present = present[:, : features[0].shape[1]]
+    held = [torch.where(present[..., None], values, 1.0) for values in features]
+    weighed = zip(weights or [1.0] * len(groups.sizes), groups.slices, strict=False)
+    total, count = (
+        present.new_zeros((), dtype=held[0].dtype),
+        present.new_zeros((), dtype=held[0].dtype),
+    )
+    for weight, part in weighed:
+        found = loss(*(values[:, part] for values in held))
+        there = present[:, part].sum(dim=1).to(found.dtype)
+        total = total + weight * (part.stop - part.start) * found
+        count = count + weight * (there if found.ndim else there.mean())
+    return total / count.clamp(min=1e-6)
 
 
 def check_group_weights(term: Term, weights: tuple[float, ...], config: Any) -> None:

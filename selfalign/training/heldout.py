@@ -1,6 +1,6 @@
 """The denoising loss on held-out images, with random numbers that all runs share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -10,7 +10,8 @@ from selfalign.data.source import Split
 from selfalign.flow import PATHS, velocity_error
 from selfalign.network import Backbone
 from selfalign.randomness import make_generator
-from selfalign.tokens import TokenGroups, group_sizes, one_group
+from selfalign.terms import over_groups
+from selfalign.tokens import TokenGroups, group_sizes, one_group, without_padding
 from selfalign.views import noised
 
 BINS = 10
@@ -112,8 +113,9 @@ def heldout_errors(
         if seen.several_timesteps:
             others = [torch.rand(len(sizes) - 1, generator=g) for g in generators]
             t = torch.cat([t[:, :1], torch.stack(others)], dim=1)
+        padded = bool(x0.isnan().any())
         x0, noise, t = (tensor.to(device, dtype) for tensor in (x0, noise, t))
-        errors.append(_errors(model, path, x0, noise, t, labels, groups))
+        errors.append(_errors(model, path, x0, noise, t, labels, groups, padded))
     return HeldOutErrors(torch.cat(errors).double().cpu(), images, bins)
 
 
@@ -159,10 +161,14 @@ def _errors(
     t: Tensor,
     labels: Tensor,
     groups: TokenGroups,
+    padded: bool,
 ) -> Float[Tensor, "B"]:
     path = PATHS[path_name]
     clean, epsilon = (groups.sort(model.grid.patchify(samples)) for samples in (x0, noise))
+    if padded:
+        clean, present = without_padding(clean)
+        groups = replace(groups, present=present)
     view = noised(clean, epsilon, path, t, groups)
     target = path.velocity(clean, epsilon, groups.broadcast(t[..., None]))
     output = model(view.tokens, view.timesteps, labels.to(t.device), groups)
-    return velocity_error(output.velocity, target)
+    return over_groups(velocity_error, groups, (), output.velocity, target)

@@ -22,6 +22,7 @@ class SiTConfig(BackboneConfig):
     """SiT (arXiv:2401.08740) of the size that `model.size` names."""
 
     passes_by = True
+    pads = True
 
     @property
     def attends(self) -> bool:

@@ -14,9 +14,10 @@ from selfalign.conditions import Condition
 from selfalign.conditions.label import Label
 from selfalign.embedders import TimestepEmbedder, position_embedding
 from selfalign.heads import ProjectionHead
+from selfalign.masked import attend, attend_within
 from selfalign.network import Backbone, Hidden, Tap
 from selfalign.ops.modules import Linear
-from selfalign.texts import Read, attend
+from selfalign.texts import Read
 from selfalign.tokens import TokenGrid, TokenGroups
 
 
@@ -56,7 +57,10 @@ class Attention(nn.Module):
     def forward(self, x: Float[Tensor, "B N D"], groups: TokenGroups) -> Float[Tensor, "B N D"]:
         """Attend among all tokens, or within each group where `groups` separates them."""
         qkv = self.normed(self._normalised(self.qkv(x)))
-        return self.proj(ops.attention(qkv, self.heads, groups.attention_parts(len(x))))
+        parts = groups.attention_parts(len(x))
+        if groups.present is not None:
+            return self.proj(attend_within(qkv, self.heads, parts, groups.present))
+        return self.proj(ops.attention(qkv, self.heads, parts))
 
     def _normalised(self, qkv: Float[Tensor, "B N 3D"]) -> Float[Tensor, "B N 3D"]:
         """Queries and keys normalised per head, where the model does so."""

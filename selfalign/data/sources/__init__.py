@@ -26,6 +26,11 @@ class Source(Part):
     decodes: ClassVar[bool] = False
     """Whether the model sees something else than pixels, so that samples need `DataSource.decode`."""
 
+    @property
+    def padded(self) -> bool:
+        """Whether samples are of unequal lengths along their first side: what is missing is NaN."""
+        return False
+
     @abstractmethod
     def open(self, config: DataConfig) -> DataSource:
         """The data set.

@@ -43,6 +43,8 @@ class Arrays(Source):
     captions: str = ""
     """Name of the captions, which are told to the model by --model.condition text; left out: captions or
     texts, where there is one."""
+    lengths: str = ""
+    """Name of the samples' lengths, where they end early along their first side; the rest is left out."""
     channels_last: bool = False
     """Whether samples have their channels last, as in (M, H, W, C)."""
     heldout: float = 0.1
@@ -51,6 +53,11 @@ class Arrays(Source):
     def check(self) -> None:
         """Limits of the numbers."""
         self.require(0 < self.heldout < 1, "heldout", "allowed is a share above 0, below 1")
+
+    @property
+    def padded(self) -> bool:
+        """Where lengths are named."""
+        return bool(self.lengths)
 
     def open(self, config: DataConfig) -> DataSource:
         """The two splits; the classes are the labels, or the captions, in alphabetical order."""
@@ -71,6 +78,8 @@ class Arrays(Source):
         number = {name: label for label, name in enumerate(names)}
         labels = torch.tensor([number[word] for word in words] or [0] * len(samples))
         scaled = _scaled(samples, train, path)
+        if self.lengths:
+            scaled = self._cut(scaled, arrays, path)
         return in_memory(
             config, scaled[train], labels[train], scaled[heldout], labels[heldout], names
         )
@@ -117,6 +126,23 @@ class Arrays(Source):
             word.decode(errors="replace") if isinstance(word, bytes) else str(word)
             for word in found.tolist()
         ]
+
+    def _cut(self, samples: Tensor, arrays: Mapping[str, Array], path: Path) -> Tensor:
+        """Samples with NaN beyond their lengths."""
+        import numpy as np
+        import torch
+
+        name = _find(arrays, self.lengths, (), self.dotted("lengths"), path)
+        lengths, longest = np.asarray(arrays[str(name)]), samples.shape[2]
+        if samples.ndim == 4 or samples.dtype == torch.uint8:
+            raise UserError(f"{self.dotted('lengths')}: allowed for signals and videos of floats")
+        if lengths.shape != samples.shape[:1] or lengths.dtype.kind not in "iu":
+            raise UserError(f"{name} of {path}: allowed is a whole number for each sample")
+        if not (lengths.min() >= 1 and lengths.max() <= longest):
+            raise UserError(f"{name} of {path}: allowed are lengths from 1 to {longest}")
+        places = torch.arange(longest).view(1, 1, -1, *[1] * (samples.ndim - 3))
+        ends = torch.from_numpy(lengths.astype(np.int64)).view(-1, *[1] * (samples.ndim - 1))
+        return samples.masked_fill(places >= ends, torch.nan)
 
 
 def _as_number(word: str) -> tuple[bool, int, str]:

@@ -1,0 +1,179 @@
+"""Samples that end early: nothing attends to what is not there, and no loss counts it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+from support import draw_of, randomize, resolved, small_model
+
+from selfalign import UserError, recipe
+from selfalign.cli import main
+from selfalign.data.datasets import open_data
+from selfalign.flow import velocity_error
+from selfalign.objective import Objective
+from selfalign.runs.start import start_run
+from selfalign.student import build_student
+from selfalign.terms import over_groups
+from selfalign.terms.alignment import distance
+from selfalign.tokens import TokenGroups, without_padding
+from selfalign.training.ema import EMA
+from selfalign.views import make_views
+
+LENGTHS = (12, 7, 3, 1)
+
+
+def padded_config(**changes):
+    named = {"data.name": "arrays", "data.sources.arrays.lengths": "lengths", **changes}
+    return resolved("sra-dts-as", named, image_size=(12,), channels=2)
+
+
+def samples(seed=0):
+    x0 = torch.randn(4, 2, 12, generator=torch.Generator().manual_seed(seed))
+    ends = torch.tensor(LENGTHS)[:, None, None]
+    return x0.masked_fill(torch.arange(12) >= ends, torch.nan)
+
+
+def prepared(seed=0, **changes):
+    config = padded_config(**changes)
+    student = build_student(config)
+    randomize(student, 1, std=0.1)
+    teacher = EMA(student, 0.9).model
+    labels = torch.arange(4)
+    draw = draw_of(config, batch=4, seed=seed)
+    return config, student, teacher, labels, draw
+
+
+def test_tokens_are_those_of_the_shorter_sample():
+    model = small_model(image_size=(12,), head_after=None)
+    tokens = torch.randn(2, 12, 2, dtype=torch.float64)
+    t, labels = torch.rand(2, 1, dtype=torch.float64), torch.tensor([0, 3])
+    for length in (1, 5, 12):
+        present = (torch.arange(12) < length).expand(2, -1)
+        with torch.no_grad():
+            found = model(tokens, t, labels, TokenGroups(None, (12,), present=present)).velocity
+            order = torch.arange(length).expand(2, -1)
+            alone = model(tokens[:, :length], t, labels, TokenGroups(order, (length,))).velocity
+        assert torch.allclose(found[:, :length], alone, atol=1e-10)
+
+
+@pytest.mark.parametrize("changes", [{}, {"views.attention": "full"}], ids=str)
+def test_what_is_not_there_has_no_say(changes):
+    config, student, teacher, labels, draw = prepared(**changes)
+    x0, objective = samples(), Objective(config)
+    noise = draw.noise.masked_fill(x0.isnan(), 5.0)
+    totals = [
+        objective(student, teacher, x0, labels, each).total
+        for each in (draw, replace(draw, noise=noise))
+    ]
+    assert totals[0].isfinite() and torch.allclose(*totals, atol=1e-6)
+    totals[0].backward()
+    assert all(p.grad.isfinite().all() for p in student.parameters() if p.grad is not None)
+
+
+def test_losses_are_means_over_tokens_that_are_there():
+    config, student, teacher, labels, draw = prepared()
+    forward = Objective(config).predict(student, teacher, samples(), labels, draw)
+    losses = Objective(config).losses(forward)
+    present = forward.views.groups.present
+    assert present.sum(dim=1).tolist() == list(LENGTHS)
+    errors = (forward.output.velocity - forward.views.target).square().mean(dim=2)
+    expected = (errors * present).sum(dim=1) / present.sum(dim=1)
+    assert torch.allclose(losses.terms["denoising"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [(), (2.0, 0.5)], ids=str)
+@pytest.mark.parametrize("name", ["velocity", "cosine", "l1"])
+def test_over_groups_counts_each_token_that_is_there(weights, name):
+    generator = torch.Generator().manual_seed(0)
+    pair = [torch.randn(3, 8, 5, generator=generator) for _ in range(2)]
+    present = torch.rand(3, 8, generator=generator) < 0.6
+    present[0, :3] = False  # a group of which nothing is there
+    groups = TokenGroups(None, (3, 5), present=present)
+    weight = torch.tensor([(weights or (1.0, 1.0))[0]] * 3 + [(weights or (1.0, 1.0))[1]] * 5)
+    if name == "velocity":
+        each = (pair[0] - pair[1]).square().mean(dim=2)
+        expected = (each * weight * present).sum(dim=1) / (weight * present).sum(dim=1)
+        found = over_groups(velocity_error, groups, weights, *pair)
+    else:
+        each = torch.stack(
+            [distance(name, *(x[b : b + 1, n : n + 1] for x in pair)) for b in range(3) for n in range(8)]
+        ).view(3, 8)  # fmt: skip
+        expected = (each * weight * present).sum() / (weight * present).sum()
+        found = over_groups(lambda *x: distance(name, *x), groups, weights, *pair)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [
+    {"views.hidden_groups": 1},
+    {"targets.ema.groups": False, "targets.ema.timestep": "minimum"},
+    {"views.partition": "energy"},
+    {"views.partition": "clusters"},
+], ids=str)  # fmt: skip
+def test_goes_together_with_other_views(changes):
+    config, student, teacher, labels, draw = prepared(**changes)
+    total = Objective(config)(student, teacher, samples(), labels, draw).total
+    total.backward()
+    assert total.isfinite()
+
+
+def test_padding_is_told_from_what_is_there():
+    tokens, present = without_padding(torch.tensor([[[1.0, torch.nan], [torch.nan, torch.nan]]]))
+    assert tokens.tolist() == [[[1, 0], [0, 0]]] and present.tolist() == [[True, False]]
+    config = padded_config()
+    views = make_views(config, samples(), draw_of(config, batch=4))
+    assert views.student.tokens.isfinite().all()
+
+
+def write(path: Path, **change):
+    generator = np.random.default_rng(0)
+    arrays = {
+        "samples": generator.normal(size=(40, 2, 12)).astype(np.float32),
+        "labels": np.arange(40) % 4,
+        "lengths": 3 + np.arange(40) % 10,
+    }
+    np.savez(path, **{**arrays, **change})
+
+
+def data_of(path, **changes):
+    named = {"data.name": "arrays", "data.root": str(path)}
+    named |= {"data.sources.arrays.lengths": "lengths", **changes}
+    return named
+
+
+def test_a_run_of_unequal_lengths(tmp_path: Path, capsys):
+    write(tmp_path / "a.npz")
+    settings = {**SMALL, **data_of(tmp_path / "a.npz"), "model.size": "tiny/2"}
+    config = recipe("sra-dts-as", {**settings, "training.steps": 2})
+    source = open_data(config.data)
+    read, _ = source.train.read(range(36))
+    assert read.isnan().any() and not read[:, :, :3].isnan().any()
+    start_run(config, tmp_path / "run", lambda state, values: None)
+    assert "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
+    arguments = ["sample", str(tmp_path / "run"), "--num", "4", "--steps", "2"]
+    lengths = ["--lengths", "5", "12", "--guidance-scale", "2"]
+    assert main([*arguments, "--out", str(tmp_path / "out"), *lengths]) == 0
+    with np.load(tmp_path / "out/samples.npz") as found:
+        missing = np.isnan(found["arr_0"]).all(axis=2)
+    assert missing.sum(axis=1).tolist() == [7, 0, 7, 0]
+    assert main([*arguments, "--out", str(tmp_path / "none"), "--lengths", "13"]) == 2
+    assert "from 1 to 12" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"lengths": np.arange(40)}, ["from 1 to 12"]),
+        ({"lengths": np.full(40, 13)}, ["from 1 to 12"]),
+        ({"lengths": np.full(39, 3)}, ["a whole number for each"]),
+        ({"samples": np.zeros((40, 1, 8, 8))}, ["signals and videos"]),
+    ],
+)
+def test_refused(tmp_path: Path, change, words):
+    write(tmp_path / "a.npz", **change)
+    config = recipe("sit", data_of(tmp_path / "a.npz"))
+    with pytest.raises(UserError) as error:
+        open_data(config.data)
+    assert [word for word in words if word not in str(error.value)] == []

@@ -3,6 +3,7 @@
 `python -m selfalign.study.job STUDY NAME` is what launchers start.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -31,6 +32,7 @@ from selfalign.evaluation.report import Evaluation
 from selfalign.evaluation.setup import default_features
 from selfalign.inspect.labels import label_reliance
 from selfalign.inspect.probes import linear_probe
+from selfalign.names import printable
 from selfalign.processes import open_accelerator
 from selfalign.runs.load import LoadedRun, load_run
 from selfalign.runs.monitors import CurvesMonitor, HeldOutMonitor
@@ -277,8 +279,12 @@ def main() -> int:
     try:
         result = run_job(study_folder, name, parent=os.getppid())
     except Exception as error:  # noqa: BLE001 – whatever it is, the study reports it and goes on
-        traceback.print_exc()
-        mark_failed(study_folder, name, error)
+        if isinstance(error, UserError):
+            print(f"selfalign: error: {printable(str(error))}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        with contextlib.suppress(UserError):  # as on a full disk; the exit code says it too
+            mark_failed(study_folder, name, error)
         return 2
     return 0 if result is not None else 128 + signal.SIGTERM
 

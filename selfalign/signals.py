@@ -2,11 +2,7 @@
 
 import os
 import signal
-import time
 from typing import Literal
-
-PASSED_ON_SECONDS = 2.0
-"""Within which a launcher passes on what a terminal has sent to all processes already."""
 
 
 def stop_signals() -> tuple[int, ...]:
@@ -23,20 +19,18 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.first: int | None = None
-        self._begun = 0.0
         self._parent = os.getppid()
-        self._launched = "LOCAL_RANK" in os.environ
 
     def hear(self, number: int) -> Literal["first", "again", "another"]:
         """Note a signal; `another` is a second wish to stop, which is to be granted at once.
 
-        A terminal that closes hangs up several times, torchrun passes on what its processes have been sent
-        already, and Linux tells of a launcher's death once for each of its threads.
+        A terminal that closes hangs up several times, by the kernel and by the shell; Linux tells of a
+        launcher's death once for each of its threads. What torchrun passes on comes once: its processes have
+        sessions of their own, which a terminal's Ctrl-C does not reach.
         """
         if self.first is None:
-            self.first, self._begun = number, time.monotonic()
+            self.first = number
             return "first"
         hung_up = number == getattr(signal, "SIGHUP", None)
         orphaned = number == signal.SIGTERM and os.getppid() != self._parent
-        soon = time.monotonic() - self._begun < PASSED_ON_SECONDS
-        return "again" if hung_up or orphaned or (self._launched and soon) else "another"
+        return "again" if hung_up or orphaned else "another"

@@ -5,14 +5,12 @@ import signal
 
 import pytest
 
-from selfalign import signals
 from selfalign.signals import StopSignals, stop_signals
 
 
 @pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch) -> StopSignals:
-    """What a process has heard that was started by no launcher."""
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+def heard() -> StopSignals:
+    """What a process has heard: nothing yet."""
     return StopSignals()
 
 
@@ -35,17 +33,6 @@ def test_a_second_one_is_another_wish(heard: StopSignals, number: int) -> None:
 
 def test_terminals_hang_up_several_times(heard: StopSignals) -> None:
     assert [heard.hear(signal.SIGHUP) for _ in range(3)] == ["first", "again", "again"]
-    assert heard.hear(signal.SIGINT) == "another"
-
-
-def test_a_launcher_passes_on_what_its_processes_have_been_sent_already(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    heard = StopSignals()
-    monkeypatch.delenv("LOCAL_RANK")  # as commands do that are done by the first process alone
-    assert [heard.hear(signal.SIGINT) for _ in range(2)] == ["first", "again"]
-    monkeypatch.setattr(signals, "PASSED_ON_SECONDS", 0)
     assert heard.hear(signal.SIGINT) == "another"
 
 

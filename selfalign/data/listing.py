@@ -54,8 +54,13 @@ class Listing:
     passed_over: Counter[str] = field(default_factory=Counter)
     """How many other entries there are, by kind."""
 
-    def require_usable(self, folder: Path, skip: bool) -> None:
+    def require_usable(self, folder: Path, skip: bool, may_skip: bool = True) -> None:
         """Refuse files that cannot be read, or count them as left out.
+
+        Args:
+            folder: that was listed.
+            skip: whether they are left out.
+            may_skip: whether the message may say that they can be.
 
         Raises:
             UserError: there are some, and `skip` is False.
@@ -67,7 +72,7 @@ class Listing:
             more = f" (and {len(self.unusable) - 1:,} more)" if len(self.unusable) > 1 else ""
             raise UserError(
                 f"{printable(str(folder / name))} is not a readable image{more}: it is {why}; "
-                "remove or repair it, or leave such out with skip-unreadable"
+                f"remove or repair it{', or leave such out with skip-unreadable' if may_skip else ''}"
             )
         self.passed_over["unreadable"] += len(self.unusable)
 

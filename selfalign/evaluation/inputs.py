@@ -165,7 +165,7 @@ def open_split(name: str, source: DataSource, half: Literal["training", "held-ou
 
 def _open_folder(folder: Path, background: str) -> ImageSet:
     listing = list_files(folder)
-    listing.require_usable(folder, skip=False)
+    listing.require_usable(folder, skip=False, may_skip=False)
     if not listing.files:
         raise UserError(f"{folder} holds no images")
     require_one_split((file.name for file in listing.files), folder)

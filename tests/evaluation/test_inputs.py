@@ -98,6 +98,12 @@ def test_refuses_damaged_files(tmp_path: Path) -> None:
         open_images(tmp_path / "empty")
 
 
+def test_refuses_folders_with_files_that_are_no_images(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match="a.png is not a readable image: .* remove or repair it$"):
+        open_images(tmp_path)  # of a set to be compared, none is left out
+
+
 def test_refuses_more_images_than_there_are(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", arr_0=PIXELS)
     with pytest.raises(UserError, match=r"--num is 13: x\.npz holds 12 images"):

@@ -101,7 +101,8 @@ def differences(expected: Weights, found: Weights, dtypes: bool = True) -> list[
     Args:
         expected: tensors of the right names, shapes and dtypes; they may be on the meta device.
         found: what is looked at.
-        dtypes: whether another dtype is a difference.
+        dtypes: whether another dtype is a difference; whole numbers in the place of fractions always are,
+            as in quantised weights, whose scales are elsewhere.
     """
     wrong = [f"{name} is missing" for name in expected if name not in found]
     wrong += [f"{name} is unknown" for name in found if name not in expected]
@@ -111,7 +112,9 @@ def differences(expected: Weights, found: Weights, dtypes: bool = True) -> list[
         if found[name].shape != tensor.shape:
             shapes = tuple(found[name].shape), tuple(tensor.shape)
             wrong.append(f"{name} has shape {shapes[0]} and not {shapes[1]}")
-        elif dtypes and found[name].dtype != tensor.dtype:
+        elif (dtypes or tensor.is_floating_point() != found[name].is_floating_point()) and (
+            found[name].dtype != tensor.dtype
+        ):
             wrong.append(f"{name} is {_name(found[name].dtype)} and not {_name(tensor.dtype)}")
     return wrong
 

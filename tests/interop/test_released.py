@@ -299,6 +299,13 @@ def test_half_precision_is_widened(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+def test_quantised_weights_are_no_weights(tmp_path: Path) -> None:
+    path = tmp_path / "quantised.pt"
+    torch.save({key: (value * 99).to(torch.int8) for key, value in plain_weights().items()}, path)
+    with pytest.raises(UserError, match="is int8 and not float32"):
+        load_released(path, "sit", heads=HEADS)
+
+
 class RunsCode:
     """Unpickles by touching a file."""
 

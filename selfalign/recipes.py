@@ -245,6 +245,18 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+def nearest_recipe(config: RunConfig) -> str:
+    """The recipe with the most settings that all hold in a tree."""
+
+    def holds(name: str) -> bool:
+        try:
+            return override(config, RECIPES[name].settings) == config
+        except UserError:
+            return False
+
+    return max(filter(holds, RECIPES), key=lambda name: len(RECIPES[name].settings))
+
+
 def recipe(name: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """The config tree of a named recipe, with fields replaced by dotted name.
 

@@ -29,6 +29,7 @@ COMMANDS = {
     "prepare": "encode a data set once, into files that training reads fast",
     "study": "run a grid of variants and seeds, and report on it",
     "report": "compare runs on one page",
+    "diff": "print the settings in which two runs or config files differ",
     "bench": "measure or estimate what a step or a sample costs",
     "recipes": "list the recipes and what sets them apart",
     "completion": "print what a shell needs to complete commands and options",
@@ -99,7 +100,7 @@ def _run(words: list[str]) -> int:
     check_environment()
     _choose_ops(rest)
     # A new run has it among its settings; one that goes on has it in its config.json.
-    _load_plugins(rest, keep=name == "train" and not " ".join(rest).startswith("-"))
+    _load_plugins(rest, keep=name == "train" and "--resume" not in rest)
     command = getattr(importlib.import_module(f"selfalign.cli.{name}"), f"{name}_command")
     with interruptible():
         if name not in SHARED:

@@ -9,6 +9,7 @@ import tyro
 
 from selfalign.cli.bench import EstimateArguments, StepArguments
 from selfalign.cli.bench import SampleArguments as BenchSampleArguments
+from selfalign.cli.diff import DiffArguments
 from selfalign.cli.evaluate import EvaluateArguments
 from selfalign.cli.inspect import InspectArguments
 from selfalign.cli.prepare import PrepareArguments
@@ -45,6 +46,7 @@ def _commands() -> Any:
             "prepare": PrepareArguments,
             "study": _choice(dict.fromkeys(GRIDS, StudyArguments)),
             "report": ReportArguments,
+            "diff": DiffArguments,
             "bench": _choice(
                 {
                     "step": StepArguments,

@@ -24,6 +24,7 @@ from selfalign.cli.console import MovedData, console, parse
 from selfalign.cli.tree import build_tree, options_of
 from selfalign.config import OLDER_NAMES, RunConfig
 from selfalign.environment import is_first_process
+from selfalign.errors import UserError
 from selfalign.recipes import RECIPES, recipe
 
 
@@ -69,6 +70,8 @@ def train_command(arguments: Sequence[str]) -> int:
     usage = (
         "usage: selfalign train RECIPE --out DIR [--SECTION.FIELD VALUE …]\n"
         "       selfalign train RECIPE --backbone diffusers:FOLDER --out DIR\n"
+        "       selfalign train --config FILE --out DIR [--SECTION.FIELD VALUE …]\n"
+        "       selfalign train RECIPE [--SECTION.FIELD VALUE …] --write-config FILE\n"
         "       selfalign train --resume DIR [--training.steps N] [--data.root DIR] [--step N]\n\n"
         f"recipes: {', '.join(RECIPES)}\n"
         "every setting of a recipe: selfalign train RECIPE --help\n"
@@ -78,17 +81,28 @@ def train_command(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         console.print(usage)
         return 0
-    if not arguments[0].startswith("-"):
-        base = recipe(arguments[0])
+    words = list(arguments)
+    file, target = _take(words, "--config"), _take(words, "--write-config")
+    if file is not None or not words[0].startswith("-"):
+        name, summary, base = _base(words, file)
+        trains = target is None or any(word.partition("=")[0] == "--out" for word in words)
+        words += [] if trains else ["--out", "."]
         parsed = parse(
             TrainArguments,
-            [_current_name(word) for word in _spelt_out(arguments[1:])],
-            f"selfalign train {arguments[0]}",
-            f"{arguments[0]}: {RECIPES[arguments[0]].summary}. Example: selfalign train "
-            f"{arguments[0]} --out runs/digits --data.name digits --model.size tiny",
+            [_current_name(word) for word in _spelt_out(words)],
+            f"selfalign train {name}",
+            f"{summary}. Example: selfalign train {name} --out runs/digits --data.name digits "
+            "--model.size tiny",
             config=options_of(base),
         )
         config = build_tree(parsed.config, base)
+        if target is not None:
+            from selfalign.config_file import write_config_file
+
+            write_config_file(Path(target), config)
+            console.print(f"{target}: train it with selfalign train --config {target} --out DIR")
+        if not trains:
+            return 0
         from selfalign.runs.start import start_run
 
         with _progress() as progress:
@@ -139,6 +153,40 @@ def _spelt_out(words: Sequence[str]) -> Iterator[str]:
         wanted = word == "--backbone"
     if wanted:
         yield "--model.backbone"  # which misses its value, as the message says
+
+
+def _take(words: list[str], option: str) -> str | None:
+    """Take an option and its value out of a command's words."""
+    for index, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == option:
+            value = value if equals else next(iter(words[index + 1 :]), "")
+            if not value or value.startswith("--"):
+                raise UserError(
+                    f"{option} names no file: allowed is one that ends in .yaml or .json"
+                )
+            del words[index : index + (1 if equals else 2)]
+            return value
+    return None
+
+
+def _base(words: list[str], file: str | None) -> tuple[str, str, RunConfig]:
+    """What options are put on: a file's tree, or the recipe that stands first, which is taken out."""
+    if file is None:
+        name = words.pop(0)
+        return name, f"{name}: {RECIPES[name].summary}" if name in RECIPES else "", recipe(name)
+    if words and not words[0].startswith("-"):
+        raise UserError(
+            f"--config is {file}, and {words[0]!r} stands beside it: the file says what it begins with, by "
+            "its key recipe"
+        )
+    from selfalign.config_file import read_config
+
+    return (
+        f"--config {file}",
+        f"The settings of {file}, and options on top",
+        read_config(Path(file)),
+    )
 
 
 def _current_name(word: str) -> str:

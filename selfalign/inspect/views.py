@@ -143,7 +143,8 @@ def pixels(
 def first_channels(image: Float[Tensor, "C H W"]) -> UInt8[Tensor, "C H W"]:
     """What can be shown of latents that cannot be decoded: three channels or one, scaled."""
     channels = image[: 3 if len(image) >= 3 else 1]
-    return to_uint8(channels / channels.abs().amax().clamp(min=1e-6)).cpu()
+    scaled = channels / channels.abs().amax().clamp(min=1e-6)
+    return to_uint8(scaled[None])[0].cpu()
 
 
 def draw_diagram(seen: SeenImage, title: str) -> str:

@@ -1,5 +1,6 @@
 """Numbered sets of samples: sample i is a function of (seed, i), whatever the batch size."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +17,7 @@ from selfalign.network import EARLY_VELOCITY, Backbone
 from selfalign.randomness import make_generator
 from selfalign.sampling.guidance import GuidedModel
 from selfalign.sampling.settings import SamplingConfig
+from selfalign.sampling.solvers import StepVelocity, Velocity
 from selfalign.tokens import TokenGroups, group_sizes
 
 LABEL_BYTES = 8
@@ -29,6 +31,10 @@ class Samples:
     indices: range
     images: Float[Tensor, "B C H W"]
     labels: Int[Tensor, "B"]
+
+
+Watch = Callable[[range, int, Float[Tensor, "B C H W"]], None]
+"""Told of samples' numbers, of the step that they begin, and of their state."""
 
 
 def random_labels(num_classes: int, seed: int, indices: Sequence[int]) -> Int[Tensor, "B"]:
@@ -93,6 +99,7 @@ def generate(
     first: int = 0,
     separate: bool = True,
     lengths: Sequence[int] | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[Samples]:
     """Make samples first to first+num-1, a batch at a time.
 
@@ -108,6 +115,7 @@ def generate(
         separate: whether sampling with groups separates their attention, as the model was trained.
         lengths: of the samples along their first side, repeated in order; beyond them is NaN. None: all
             are as long as can be.
+        watch: told of every step of every batch.
 
     Raises:
         UserError: a sample is not finite.
@@ -132,28 +140,22 @@ def generate(
         ) -> Float[Tensor, "B C H W"]:
             return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
-        condition = chosen.to(device)
         groups, ends = None, None
         if config.mask_ratio:
             groups = _sampling_groups(config, model, indices, separate)
         elif lengths is not None:
             ends = torch.tensor([lengths[i % len(lengths)] for i in indices], device=device)
             groups = _lengths(model, ends)
-        guided = GuidedModel(
+        images = _solve(
             model,
-            condition,
-            model.condition.null(condition, model.num_classes),
-            config.guidance,
+            path,
+            config,
+            draw(),
+            chosen,
             groups,
-            config.internal_guidance,
+            lambda step: draw(),
+            None if watch is None else functools.partial(watch, indices),
         )
-        noise = draw()
-        # MPS has no float64.
-        noise = noise.to(torch.float32 if device.type == "mps" else torch.float64)
-        with torch.no_grad():
-            images = config.make_solver().solve(
-                guided, noise, config.steps, PATHS[path], lambda step: draw()
-            )
         if not bool(images.isfinite().all()):
             raise UserError(
                 f"samples {indices.start} to {indices.stop - 1} are not finite: the model has diverged, or "
@@ -162,7 +164,104 @@ def generate(
         if ends is not None:
             places = torch.arange(shape[1], device=device).view(1, 1, -1, *[1] * (len(shape) - 2))
             images = images.masked_fill(places >= ends.view(-1, *[1] * len(shape)), torch.nan)
-        yield Samples(indices, images.float(), chosen)
+        yield Samples(indices, images, chosen)
+
+
+def interpolate(
+    model: Backbone,
+    path: str,
+    config: SamplingConfig,
+    pairs: Sequence[tuple[int, int, int]],
+    count: int,
+    separate: bool = True,
+) -> Float[Tensor, "B K C H W"]:
+    """From every sample to another one: the noise goes along a great circle, the class stays.
+
+    Args:
+        model, path, config, separate: as for `generate`.
+        pairs: numbers of two samples of `generate` with the same settings, and a class.
+        count: images K from one to the other, both included.
+    """
+    shape = (model.channels, *model.image_size)
+    shares = torch.linspace(0, 1, count)
+    rows = []
+    for a, b, label in pairs:
+        own = make_generator(config.seed, "sample", a)
+        start = torch.randn(shape, generator=own)
+        end = torch.randn(shape, generator=make_generator(config.seed, "sample", b))
+        noise = torch.stack([slerp(start, end, float(share)) for share in shares])
+
+        def same_noise(step: int, own: torch.Generator = own) -> Float[Tensor, "K C H W"]:
+            drawn: Tensor = torch.randn(shape, generator=own)
+            return drawn.expand(count, *shape).to(model.device)
+
+        labels, groups = torch.full((count,), label), None
+        if config.mask_ratio:  # those of the first along the whole row
+            groups = _sampling_groups(config, model, [a] * count, separate)
+        rows.append(_solve(model, path, config, noise, labels, groups, same_noise))
+    return torch.stack(rows)
+
+
+def slerp(
+    start: Float[Tensor, "*shape"], end: Float[Tensor, "*shape"], share: float
+) -> Float[Tensor, "*shape"]:
+    """Between two draws of noise along a great circle, so that what lies between is as long as they are."""
+    cosine = torch.dot(start.flatten(), end.flatten()) / (start.norm() * end.norm())
+    angle = cosine.clamp(-1, 1).acos()
+    if angle < 1e-4:
+        return torch.lerp(start, end, share)
+    return (((1 - share) * angle).sin() * start + (share * angle).sin() * end) / angle.sin()
+
+
+def _solve(
+    model: Backbone,
+    path: str,
+    config: SamplingConfig,
+    noise: Float[Tensor, "B C H W"],
+    labels: Int[Tensor, "B"],
+    groups: Callable[[int], TokenGroups] | None,
+    step_noise: Callable[[int], Tensor],
+    watch: Callable[[int, Tensor], None] | None = None,
+) -> Float[Tensor, "B C H W"]:
+    """Samples from noise. Arguments as for `generate`, `GuidedModel` and `Solver.solve`."""
+    device, solver = model.device, config.make_solver()
+    condition = labels.to(device)
+    guided: StepVelocity = GuidedModel(
+        model,
+        condition,
+        model.condition.null(condition, model.num_classes),
+        config.guidance,
+        groups,
+        config.internal_guidance,
+    )
+    if watch is not None:
+        guided = _Watched(guided, watch)
+    # MPS has no float64.
+    noise = noise.to(device, torch.float32 if device.type == "mps" else torch.float64)
+    with torch.no_grad():
+        return solver.solve(guided, noise, config.steps, PATHS[path], step_noise).float()
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """Velocities of which the first call of every step is told."""
+
+    inner: StepVelocity
+    watch: Callable[[int, Tensor], None]
+
+    def at(self, step: int, t_start: float) -> Velocity:
+        """See `StepVelocity.at`."""
+        velocity = self.inner.at(step, t_start)
+        told = False
+
+        def watched(x: Tensor, t: float) -> Tensor:
+            nonlocal told
+            if not told:
+                told = True
+                self.watch(step, x)
+            return velocity(x, t)
+
+        return watched
 
 
 def _lengths(model: Backbone, ends: Int[Tensor, "B"]) -> Callable[[int], TokenGroups]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 from PIL import Image
 from torch import Tensor
 
@@ -19,6 +20,13 @@ from selfalign.disk import write_whole
 
 matplotlib.use("Agg")
 MAX_COLUMNS = 10
+NAME_SIZE = 8
+"""Of class names, in points."""
+FRAME_MS, LAST_FRAME_MS = 60, 1500
+SMALLEST_SIDE = 64
+"""Smaller images are enlarged in animations, pixel by pixel."""
+LONGEST_NAME = 40
+"""Letters of a class name that are shown."""
 
 
 def column_labels(num_classes: int, columns: int = MAX_COLUMNS) -> list[int] | None:
@@ -51,7 +59,12 @@ def draw_grids(
     count = len(columns)
     first = next(iter(panels.values()))
     rows, side = len(first) // count, 0.5
-    size = (len(panels) * count * side + 0.4, rows * side * first.shape[2] / first.shape[3] + 1.0)
+    words = [shown(name, LONGEST_NAME) for name in columns]
+    widest = max(map(_width, words))
+    # Names that are wider than their column lean over it, and over the last one into room of their own.
+    above, beside = max(0.2, 0.75 * widest), max(0.0, 0.65 * widest - side)
+    height = rows * side * first.shape[2] / first.shape[3] + 0.8 + above
+    size = (len(panels) * (count * side + beside) + 0.4, height)
     figure = Figure(figsize=(max(4.0, size[0]), size[1]), dpi=144, layout="constrained")
     figure.suptitle(shown(title), fontsize=9)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -59,8 +72,10 @@ def draw_grids(
         axis.imshow(tile(images, count), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         width = images.shape[3] + 1
         places = [width * (k + 0.5) for k in range(count)]
-        axis.set_xticks(places, [shown(name, 24) for name in columns], fontsize=8)
+        leaning = widest > side
+        turned = {"rotation": 50, "ha": "left", "rotation_mode": "anchor"} if leaning else {}
         axis.xaxis.tick_top()
+        axis.set_xticks(places, words, fontsize=NAME_SIZE, **turned)
         axis.set_yticks([])
         axis.tick_params(length=0)
         axis.set_title(name, fontsize=9)
@@ -74,6 +89,15 @@ def shown(text: str, most: int = 80) -> str:
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     line = line if len(line) <= most else line[: most - 1] + "…"
     return line.replace("$", r"\$")  # a $ in a name begins no formula
+
+
+def _width(text: str) -> float:
+    """Of a class name, in inches."""
+    if not text:
+        return 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that the font lacks
+        return float(TextPath((0, 0), text, size=NAME_SIZE).get_extents().width) / 72 + 0.06
 
 
 def save(path: Path, figure: Figure) -> None:
@@ -121,6 +145,62 @@ def tile(images: UInt8[Tensor, "M C H W"], columns: int) -> "np.ndarray[Any, Any
         left = (index % columns) * (width + 1) + 1
         canvas[top : top + height, left : left + width] = image
     return canvas[..., 0] if channels == 1 else canvas[..., :3]
+
+
+def draw_rows(path: Path, images: "np.ndarray[Any, Any]", columns: int) -> None:
+    """Write images (M, H, W, C) of bytes as a picture without words, so many in a row.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    write_whole(path, _enlarged(images, columns).save)
+
+
+def _enlarged(images: "np.ndarray[Any, Any]", columns: int) -> Image.Image:
+    """A grid of images, small ones enlarged pixel by pixel."""
+    picture = tile(torch.from_numpy(images).permute(0, 3, 1, 2), columns)
+    factor = max(1, SMALLEST_SIDE // images.shape[2])
+    return Image.fromarray(picture.repeat(factor, 0).repeat(factor, 1))
+
+
+def write_pngs(folder: Path, images: "np.ndarray[Any, Any]") -> None:
+    """Write images (M, H, W, C) of bytes as 000000.png …, whole or not at all.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+
+    def write(partial: Path) -> None:
+        partial.mkdir()
+        for number, image in enumerate(images):
+            Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(
+                partial / f"{number:06d}.png"
+            )
+
+    write_whole(folder, write)
+
+
+def write_animation(path: Path, frames: Sequence["np.ndarray[Any, Any]"]) -> None:
+    """Write a .gif or .webp of grids, the last of which stays for a while.
+
+    Args:
+        path: the file; its ending says which.
+        frames: the same images, bytes (M, H, W, C), at one time after the other.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    columns = max(1, round(len(frames[0]) ** 0.5))
+    pictures = []
+    for frame in frames:
+        pictures.append(_enlarged(frame, columns))
+    durations = [FRAME_MS] * (len(pictures) - 1) + [LAST_FRAME_MS]
+    write_whole(
+        path,
+        lambda partial: pictures[0].save(
+            partial, save_all=True, append_images=pictures[1:], duration=durations, loop=0
+        ),
+    )
 
 
 def draw_curves(path: Path, metrics: Sequence[Mapping[str, Any]], title: str) -> None:

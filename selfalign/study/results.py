@@ -23,6 +23,8 @@ RESULT_FILE = "result.json"
 FAILED_SUFFIX = ".failed"
 MAX_BINS = 1000
 """Of t, in which held-out errors can lie."""
+MAX_RATIO = 10
+"""Of the bytes of a file of errors, packed by somebody else, to those that it has."""
 MAX_MESSAGE = 10**6
 """Bytes of the line that says why a run has no result."""
 RUNS = "runs"
@@ -235,6 +237,9 @@ class StudyResults:
 
 def _read_errors(path: Path, metric: str) -> tuple[Array, Array, Array] | None:
     arrays = Npz(path)
+    size = sum(member.file_size for member in arrays.members.values())
+    if size > MAX_RATIO * path.stat().st_size:
+        raise UserError(f"{path} is damaged: it unpacks to {size:,} bytes, and is written unpacked")
     if metric not in arrays:
         return None
     if missing := {"images", "bins"} - arrays.keys():

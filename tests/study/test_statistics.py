@@ -188,6 +188,12 @@ class TestHeldOutErrors:
             lambda path: np.savez(
                 path, heldout_loss=np.zeros(3), images=np.arange(3), bins=np.array([0, 0, 2])
             ),
+            lambda path: np.savez_compressed(
+                path,
+                heldout_loss=np.zeros(10**5),
+                images=np.zeros(10**5, int),
+                bins=np.zeros(10**5, int),
+            ),
             lambda path: np.savez(
                 path, heldout_loss=np.array(["a"] * 3), images=np.arange(3), bins=np.zeros(3, int)
             ),

@@ -95,6 +95,7 @@ def refused(
         (EVALUATE, "--batch-size 99999999999", "from 1 to"),
         (EVALUATE, "--steps 1000000000000000", "from 1 to 1,000,000"),
         ("evaluate images", "--step 3 --reference images", "images is no run"),
+        (EVALUATE, "--weights raw ema:0.5", "weights are 'ema:0.5': this run keeps raw, ema"),
         (PREPARE, "--processes 99999999", "from 1 to 1,024"),
         ("prepare images loop", "--vae none", "loop"),
         ("prepare loop x", "--vae none", "allowed are"),

@@ -49,7 +49,10 @@ class EvaluateArguments:
 def evaluate_command(arguments: Sequence[str]) -> int:
     """`selfalign evaluate`."""
     code = 0
-    for words in _sweep(arguments):
+    commands = _sweep(arguments)
+    if len(commands) > 1:
+        _require_weights([_parse(words) for words in commands])
+    for words in commands:
         parsed = _parse(words)
         protocol = [] if parsed.protocol is None else PROTOCOLS[parsed.protocol].options()
         if protocol:  # in front, so that options that are given win
@@ -73,6 +76,16 @@ def _sweep(arguments: Sequence[str]) -> list[list[str]]:
             f"--weights are {', '.join(names)}, and --out takes one evaluation: leave --out out, or name one"
         )
     return [[*words[:first], name, *rest] for name in names]
+
+
+def _require_weights(commands: Sequence[EvaluateArguments]) -> None:
+    """Refuse a sweep of which a later part could not be done, before the first is."""
+    from selfalign.runs.folder import read_record
+    from selfalign.training.checkpoint import weights_file
+
+    for command in commands:
+        decays = read_record(command.subject).config.training.ema_decays
+        weights_file(command.config.weights, decays)
 
 
 def _parse(arguments: Sequence[str]) -> EvaluateArguments:

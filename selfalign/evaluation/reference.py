@@ -22,6 +22,8 @@ from selfalign.randomness import make_generator
 
 NEIGHBOUR_IMAGES = 10_000
 """Reference images for precision, recall and KID, as many as ADM's reference files hold."""
+LARGEST = 1e100
+"""In statistics; the square of a larger number may be none."""
 ASYMMETRY = 1e-5
 """Of a covariance's largest entry: far above rounding, float32's included."""
 NEGATIVE = 1e-3
@@ -164,6 +166,8 @@ def _given_gaussian(path: Path, arrays: Npz, mean_name: str, covariance_name: st
             tensors.append(torch.from_numpy(np.array(array, dtype=np.float64)))
         if not torch.isfinite(tensors[-1]).all():
             raise UserError(f"{name} of {path} holds NaN or infinite numbers")
+        if (tensors[-1].abs() > LARGEST).any():
+            raise UserError(f"{name} of {path} holds numbers beyond {LARGEST:g}")
     gaussian = Gaussian(*tensors)
     covariance = gaussian.covariance
     largest = covariance.abs().max()

@@ -82,6 +82,7 @@ class TestStatistics:
             ({"mu": np.zeros(64, bool)}, "mu of .* holds bool"),
             ({"mu": np.zeros(64, "datetime64[s]")}, "mu of .* holds datetime64"),
             ({"mu": MEAN + np.nan}, "mu of .* holds NaN or infinite"),
+            ({"mu": MEAN + 1e300}, "mu of .* holds numbers beyond 1e.100"),
             ({"sigma": np.full((64, 64), np.inf)}, "sigma of .* holds NaN or infinite"),
             ({"sigma": COVARIANCE + np.eye(64, k=1) * 1e-3}, "sigma of .* is not symmetric"),
             ({"sigma": -COVARIANCE}, "negative eigenvalue -1: a covariance has none"),

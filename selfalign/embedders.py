@@ -10,6 +10,12 @@ from selfalign.ops.modules import Linear
 from selfalign.tokens import TokenGrid
 
 
+def embedder_frequencies(features: int = 256) -> Float[Tensor, "F"]:
+    """Frequencies of the cosines and sines of t, from 1 down to 1/10,000; half as many as features."""
+    half = features // 2
+    return torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32) / half)
+
+
 class TimestepEmbedder(nn.Module):
     """Sinusoidal features of t in [0, 1], then an MLP. Runs once per group, not per token."""
 
@@ -22,9 +28,9 @@ class TimestepEmbedder(nn.Module):
             nn.SiLU(),
             Linear(hidden_size, hidden_size),
         )
-        half = frequency_features // 2
-        frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32) / half)
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.register_buffer(
+            "frequencies", embedder_frequencies(frequency_features), persistent=False
+        )
 
     def forward(self, timesteps: Float[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
         """Embed each timestep."""

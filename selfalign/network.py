@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -53,6 +53,8 @@ class Backbone(nn.Module):
         num_classes: number of classes; 0 for an unconditional model.
     """
 
+    predicts: ClassVar[str] = "velocity"
+    """What solvers ask it for: velocity, or noise at diffusion steps, by the method of that name."""
     blocks: nn.ModuleList
     hidden_size: int
     """Features D of a token."""

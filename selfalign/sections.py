@@ -252,7 +252,10 @@ class TrainingConfig(Choosing):
     gradient_accumulation: int = 1
     """Micro-batches per optimizer step and process."""
     start_from: str | None = None
-    """Folder of a run whose last weights, EMA included, this one starts from; left out: drawn anew."""
+    """Folder of a run whose last weights, EMA included, this one starts from, or a released checkpoint
+    (also: --init); what does not fit the model begins anew. Left out: drawn anew."""
+    start_weights: Literal["both", "ema", "raw"] = "both"
+    """Which of them: both as they are, or the average or the trained ones for both."""
     optimizer: str = chosen("optimizer", "adamw")
     """What moves the weights."""
     learning_rate: float = 1e-4

@@ -22,6 +22,9 @@ class BackboneConfig(Part):
 
     kind: ClassVar[str] = "backbone"
 
+    trains: ClassVar[bool] = True
+    """Whether it predicts velocities, and so can be trained here."""
+
     passes_by: ClassVar[bool] = False
     """Whether tokens can pass by some of its blocks (`TokenGroups.passing`)."""
 

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from keyword import iskeyword
 
 from selfalign.cli.interruption import (
     GO_ON,
@@ -25,6 +26,7 @@ COMMANDS = {
     "train": "train a recipe, or go on with a run",
     "sample": "sample from a run",
     "evaluate": "measure a run or a set of samples",
+    "import": "make a run of released weights",
     "inspect": "look into a run or a released checkpoint: what it learnt, what it saw",
     "prepare": "encode a data set once, into files that training reads fast",
     "study": "run a grid of variants and seeds, and report on it",
@@ -101,7 +103,9 @@ def _run(words: list[str]) -> int:
     _choose_ops(rest)
     # A new run has it among its settings; one that goes on has it in its config.json.
     _load_plugins(rest, keep=name == "train" and "--resume" not in rest)
-    command = getattr(importlib.import_module(f"selfalign.cli.{name}"), f"{name}_command")
+    # A module cannot be called as a word of Python is.
+    module = importlib.import_module(f"selfalign.cli.{name}{'_' * iskeyword(name)}")
+    command = getattr(module, f"{name}_command")
     with interruptible():
         if name not in SHARED:
             if not is_first_process():

@@ -11,6 +11,7 @@ from selfalign.cli.bench import EstimateArguments, StepArguments
 from selfalign.cli.bench import SampleArguments as BenchSampleArguments
 from selfalign.cli.diff import DiffArguments
 from selfalign.cli.evaluate import EvaluateArguments
+from selfalign.cli.import_ import ImportArguments
 from selfalign.cli.inspect import InspectArguments
 from selfalign.cli.prepare import PrepareArguments
 from selfalign.cli.report import ReportArguments
@@ -42,6 +43,7 @@ def _commands() -> Any:
             "train": _choice({name: _training(name) for name in RECIPES}),
             "sample": SampleArguments,
             "evaluate": EvaluateArguments,
+            "import": ImportArguments,
             "inspect": InspectArguments,
             "prepare": PrepareArguments,
             "study": _choice(dict.fromkeys(GRIDS, StudyArguments)),

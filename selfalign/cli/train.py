@@ -68,7 +68,7 @@ class ResumeArguments:
 def train_command(arguments: Sequence[str]) -> int:
     """`selfalign train`."""
     usage = (
-        "usage: selfalign train RECIPE --out DIR [--SECTION.FIELD VALUE …]\n"
+        "usage: selfalign train RECIPE --out DIR [--init RUN|FILE] [--SECTION.FIELD VALUE …]\n"
         "       selfalign train RECIPE --backbone diffusers:FOLDER --out DIR\n"
         "       selfalign train --config FILE --out DIR [--SECTION.FIELD VALUE …]\n"
         "       selfalign train RECIPE [--SECTION.FIELD VALUE …] --write-config FILE\n"
@@ -81,7 +81,7 @@ def train_command(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         console.print(usage)
         return 0
-    words = list(arguments)
+    words = [_ALIASES.get(word, word) for word in arguments]
     file, target = _take(words, "--config"), _take(words, "--write-config")
     if file is not None or not words[0].startswith("-"):
         name, summary, base = _base(words, file)
@@ -153,6 +153,10 @@ def _spelt_out(words: Sequence[str]) -> Iterator[str]:
         wanted = word == "--backbone"
     if wanted:
         yield "--model.backbone"  # which misses its value, as the message says
+
+
+_ALIASES = {"--init": "--training.start-from"}
+"""Shorter words for options."""
 
 
 def _take(words: list[str], option: str) -> str | None:

@@ -69,8 +69,12 @@ def available(setup: Setup, sizes: Mapping[str, int]) -> Available:
 def _other_data(setup: Setup) -> str | None:
     """Why a run cannot be tried on the held-out images of the data set in play."""
     run, source = setup.run, setup.source
-    if run is None or source is None:
+    if run is None:
         return None
+    if run.model.predicts != "velocity":
+        return f"a model that predicts velocities: this one predicts {run.model.predicts}"
+    if source is None:
+        return "held-out images: --data.name names a data set"
     model, shape = run.model, (source.channels, *source.image_size)
     if shape != (model.channels, *model.image_size):
         return f"data of the model's shape, {(model.channels, *model.image_size)}: here is {shape}"

@@ -121,6 +121,8 @@ def default_features(data: DataConfig | None) -> str:
 def _data_config(config: EvaluationConfig, run: LoadedRun | None) -> DataConfig | None:
     """The data set in play: given, or the run's, or the reference's."""
     given = _given(config.data)
+    if run is not None and not (run.config.data.source.holds_images or "name" in given):
+        return None  # of imported weights; what is missing is told where it is needed
     if run is not None:  # all of its data set, whatever share of it the run was trained on
         return dataclasses.replace(run.config.data, **{"train_fraction": 1.0, **given})
     if "name" not in given and config.reference in parts.names("source"):

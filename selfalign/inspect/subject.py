@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from selfalign.backbones.sit.sizes import SIZES
-from selfalign.config import ResolvedConfig, resolve
+from selfalign.backbones.sit.sizes import Size, size_name
+from selfalign.config import ResolvedConfig, override, resolve
 from selfalign.data.datasets import open_data
 from selfalign.data.source import DataSource
 from selfalign.errors import UserError
@@ -19,8 +19,8 @@ from selfalign.evaluation.features import FeatureNetwork, feature_network
 from selfalign.interop.released import Source, load_released
 from selfalign.network import Backbone, Tap
 from selfalign.recipes import recipe
-from selfalign.runs.folder import CHECKPOINTS
-from selfalign.runs.load import load_run
+from selfalign.runs.folder import CHECKPOINTS, read_record
+from selfalign.runs.load import LoadedRun, load_run
 from selfalign.training.checkpoint import checkpoints, step_of
 from selfalign.training.tracking import read_metrics
 
@@ -141,11 +141,12 @@ def open_subject(
         twin = None if beside is None else _release(beside, release).to(device)
     else:
         extra = sorted(set(given) - {"root"})
-        if extra:
+        own = read_record(path).config.data.source.holds_images
+        if extra and own:
             raise UserError(
                 f"data.{extra[0]} is {given[extra[0]]!r}: a run knows its data; allowed is data.root"
             )
-        subject = _of_run(path, weights, step, given.get("root"), device)
+        subject = _of_run(path, weights, step, given if not own else given.get("root"), device)
         twin = None if beside is None else load_run(beside, weights, device).model
     if twin is not None:
         _require_alike(beside, subject.model, twin)
@@ -157,10 +158,13 @@ def _of_run(
     folder: Path,
     weights: Literal["ema", "raw"],
     step: int | None,
-    root: str | None,
+    data: str | Mapping[str, Any] | None,
     device: torch.device | str,
 ) -> Subject:
+    """A run with its data, whose root may have moved; or imported weights with fields of the section."""
+    root = None if isinstance(data, Mapping) else data
     run = load_run(folder, "ema", device, step=step, data_root=root)
+    config, source = _shown(run, data) if isinstance(data, Mapping) else (run.config, run.source)
     student = load_run(folder, "raw", device, step=run.step).model
 
     def models(step: int) -> tuple[Backbone, Backbone]:
@@ -176,12 +180,23 @@ def _of_run(
         model=run.model if weights == "ema" else student,
         student=student,
         teacher=run.model,
-        config=run.config,
-        source=run.source,
+        config=config,
+        source=source,
         step=run.step,
         metrics=read_metrics(folder),
         load={s: functools.partial(models, s) for s in steps if s < run.step},
     )
+
+
+def _shown(run: LoadedRun, data: Mapping[str, Any]) -> tuple[ResolvedConfig, DataSource]:
+    """What imported weights are shown that came without images."""
+    if "name" not in data:
+        raise UserError(
+            f"{run.folder} was imported without images: --data.name names a data set to show it"
+        )
+    config = override(run.config, {f"data.{field}": value for field, value in data.items()})
+    source = open_data(config.data)
+    return resolve(config, source.channels, source.image_size, source.num_classes), source
 
 
 def _of_release(
@@ -193,18 +208,13 @@ def _of_release(
             "--data.name latents --data.root FOLDER"
         )
     model = _release(path, release).eval().requires_grad_(False).to(device)
-    shape = (model.hidden_size, len(model.blocks))
-    named = [name for name, size in SIZES.items() if (size.hidden_size, size.depth) == shape]
-    if not named:
-        raise UserError(
-            f"{path} has {shape[1]} blocks of width {shape[0]}: allowed are the named sizes, "
-            f"{', '.join(SIZES)}"
-        )
+    block: Any = model.blocks[0]
+    size = Size(model.hidden_size, len(model.blocks), block.attn.heads)
     name = release.recipe or RECIPE_OF.get(release.source or "sit", "sit")
     config = recipe(
         name,
         {
-            "model.size": f"{named[0]}/{model.patch_size}",
+            "model.size": size_name(size, model.patch_size),
             "model.num_classes": model.num_classes,
             **{f"data.{field}": value for field, value in data.items()},
         },

@@ -5,12 +5,13 @@ import pathlib
 import re
 import warnings
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from selfalign.errors import UserError
@@ -47,8 +48,10 @@ HARMLESS: list[Any] = [
 ]
 
 
-def read_weights(path: Path | str) -> dict[str, Tensor]:
+def read_weights(path: Path | str, prefer: Literal["ema", "raw"] = "ema") -> dict[str, Tensor]:
     """The tensors of a .safetensors or .pt file by name, the averaged (`ema`) ones if it has them.
+
+    With `raw` those of the trained model, if it has them.
 
     Prefixes that all names share are taken off. Nothing in the file can run code: pickles are read with
     `weights_only`. That an average is there and has no weights is warned of, where others are taken.
@@ -60,7 +63,8 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"checkpoint {str(path)!r} does not exist or is not a file")
     content: object = read_safetensors(path) if path.suffix == ".safetensors" else _unpickle(path)
-    tensors = _find(content)
+    order = CONTAINERS if prefer == "ema" else (*CONTAINERS[1:], CONTAINERS[0])
+    tensors = _find(content, order)
     if not tensors:
         raise UserError(
             f"checkpoint {str(path)!r} holds no weights: looked for tensors by name, at the top or "
@@ -68,13 +72,25 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
         )
     _check(path, tensors)
     average = CONTAINERS[0]
-    if isinstance(content, Mapping) and average in content and not _find(content[average]):
+    kept = content if isinstance(content, Mapping) and prefer == "ema" else {}
+    if average in kept and not _find(kept[average], order):
         warnings.warn(
             f"checkpoint {str(path)!r}: {average} holds no weights by name; those of the trained model are "
             "taken, which are not averaged",
             stacklevel=2,
         )
     return without_prefixes(tensors)
+
+
+def stated_project(path: Path | str) -> str | None:
+    """Whose layout and time a .safetensors file that this package wrote has; None where it does not say."""
+    if Path(path).suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(path, "pt") as opened:
+            return (opened.metadata() or {}).get("from")
+    except (OSError, SafetensorError, ValueError):  # what is wrong is told by who reads its weights
+        return None
 
 
 def without_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -127,13 +143,13 @@ def _unpickle(path: Path) -> object:
         ) from error
 
 
-def _find(content: object, depth: int = 3) -> dict[str, Tensor]:
+def _find(content: object, order: Sequence[str], depth: int = 3) -> dict[str, Tensor]:
     """The best tensors by name: those of the first container that has any, else those at the top."""
     if not isinstance(content, Mapping):
         return {}
     if depth:
-        for name in CONTAINERS:
-            if tensors := _find(content.get(name), depth - 1):
+        for name in order:
+            if tensors := _find(content.get(name), order, depth - 1):
                 return tensors
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 

@@ -17,7 +17,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from selfalign.backbones.sit.model import SiT
 from selfalign.backbones.sit.sizes import SIZES
+from selfalign.embedders import embedder_frequencies
 from selfalign.errors import UserError
 from selfalign.heads import ProjectionHead
 from selfalign.interop.files import read_weights
@@ -207,6 +208,24 @@ def build_sit(
     source = _decide(source, recognise(weights))
     if source == "dit":
         raise UserError("this is a DiT, which predicts noise and not a velocity: use load_dit")
+    translated, dimensions = translate(weights, source, heads, channels, null_row)
+    model = dimensions.build()
+    model.load_state_dict(translated)
+    return model
+
+
+def translate(
+    weights: Weights,
+    source: Source | None = None,
+    heads: int | None = None,
+    channels: int = 4,
+    null_row: bool = True,
+) -> tuple[dict[str, Tensor], Dimensions]:
+    """Released weights in this package's layout, time and sign, and the dimensions of their model.
+
+    A DiT keeps its time, its sign and its learned sigma. Arguments and errors as for `load_released`.
+    """
+    source = _decide(source, recognise(weights))
     weights = _in_our_layout(weights, channels)
     if not null_row:
         table = weights[LABELS]
@@ -219,21 +238,19 @@ def build_sit(
         )
     dimensions = infer_dimensions(weights, heads)
     _check_shapes(weights, dimensions)
+    if source == "dit":
+        return weights, dimensions
     weights = _cut_sigma(weights, dimensions)
-    model = dimensions.build(out_channels=dimensions.channels)
     if source in ("sit", "self-flow"):
-        weights = turn_around(weights, model.t_embedder.frequencies)
-    model.load_state_dict(weights)
-    return model
+        weights = turn_around(weights, embedder_frequencies())
+    return weights, replace(dimensions, out_channels=dimensions.channels)
 
 
 def build_dit(weights: Weights, *, heads: int | None = None) -> DiT:
     """`load_dit` for weights in memory."""
-    _decide("dit", recognise(weights))
-    dimensions = infer_dimensions(weights, heads)
-    _check_shapes(weights, dimensions)
+    translated, dimensions = translate(weights, "dit", heads)
     network = dimensions.build()
-    network.load_state_dict(weights)
+    network.load_state_dict(translated)
     return DiT(network)
 
 

@@ -1,7 +1,7 @@
 """A run's folder: what config.json holds, and who may write."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +52,15 @@ def write_config(folder: Path, config: RunConfig, source: DataSource) -> None:
     """
     if source.contents is not None:
         write_contents(folder / DATA, source.contents)
-    names = tuple(source.class_names)
-    file = ConfigFile(selfalign.__version__, source.fingerprint, names, config_to_dict(config))
+    write_record(folder, config, source.fingerprint, source.class_names)
+
+
+def write_record(
+    folder: Path, config: RunConfig, fingerprint: str, class_names: Sequence[str]
+) -> None:
+    """Write config.json. Arguments as the fields of `RunRecord`."""
+    names = tuple(class_names)
+    file = ConfigFile(selfalign.__version__, fingerprint, names, config_to_dict(config))
     write_json(folder / "config.json", file)
 
 

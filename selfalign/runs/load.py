@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,15 @@ class LoadedRun:
         Raises:
             UserError: that data set is not there, or is another than that of the training.
         """
-        return self.source.decode(images) if self.config.data.source.decodes else images
+        return self.decoder(images)
+
+    @functools.cached_property
+    def decoder(self) -> Callable[[Tensor], Tensor]:
+        """What `decode` calls."""
+        data = self.config.data
+        if not data.source.decodes:
+            return lambda images: images
+        return data.source.decoder(data) or self.source.decode
 
     @functools.cached_property
     def image_shape(self) -> tuple[int, int, int]:

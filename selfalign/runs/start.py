@@ -162,6 +162,11 @@ def resume_run(
 
 def _resolve(config: RunConfig, source: DataSource, accelerator: Accelerator) -> ResolvedConfig:
     """The tree with what the data determines; of a run that goes on it has to be what it was."""
+    config.model.require(
+        config.backbone.trains,
+        "backbone",
+        "it is sampled from; allowed for training is another, as sit",
+    )
     return resolve(
         config, source.channels, source.image_size, source.num_classes, accelerator.num_processes
     )

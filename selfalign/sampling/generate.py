@@ -65,6 +65,15 @@ def check_sampling(
     Raises:
         UserError: guidance without a null class, labels the model does not have, or an empty group.
     """
+    solver = config.make_solver()
+    if solver.predicts != model.predicts:
+        fitting = [
+            name for name in config.solvers if config.solvers[name].predicts == model.predicts
+        ]
+        raise UserError(
+            f"solver is {config.solver!r}, which needs a model of {solver.predicts}, and this one predicts "
+            f"{model.predicts}: allowed are {', '.join(fitting)}"
+        )
     if config.guidance_scale > 1 and (model.num_classes == 0 or class_dropout == 0):
         raise UserError(
             f"guidance_scale is {config.guidance_scale}: the model was trained without dropped "
@@ -233,6 +242,7 @@ def _solve(
         config.guidance,
         groups,
         config.internal_guidance,
+        solver.predicts,
     )
     if watch is not None:
         guided = _Watched(guided, watch)

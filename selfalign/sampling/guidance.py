@@ -26,6 +26,7 @@ class GuidedModel:
         guidance: where and how strongly to guide.
         groups: token groups by step, which separate attention in sampling; None for whole images.
         internal: where and how strongly the model's early velocity guides it, with a label and without.
+        predicts: what the model is asked for, velocity or noise, which is guided alike.
     """
 
     model: Backbone
@@ -34,6 +35,7 @@ class GuidedModel:
     guidance: Guidance
     groups: Callable[[int], TokenGroups] | None = None
     internal: Guidance = OFF
+    predicts: str = "velocity"
 
     def at(self, step: int, t_start: float) -> Velocity:
         """The velocity during one step. All its evaluations follow the decision at `t_start`."""
@@ -65,4 +67,5 @@ class GuidedModel:
         dtype = self.model.dtype
         timesteps = torch.full((len(x),), t, dtype=dtype, device=x.device)
         more = {} if internal == 1 else {"internal_guidance": internal}
-        return self.model.velocity(x.to(dtype), timesteps, condition, groups, **more).to(x.dtype)
+        ask = getattr(self.model, self.predicts)
+        return ask(x.to(dtype), timesteps, condition, groups, **more).to(x.dtype)

@@ -47,7 +47,8 @@ class SamplingConfig(Choosing):
     """How samples are made."""
 
     solver: str = chosen("solver", "euler")
-    """euler, heun or dopri5 (adaptive) for the ODE, sde (Euler-Maruyama) for the SDE."""
+    """euler, heun or dopri5 (adaptive) for the ODE, sde (Euler-Maruyama) for the SDE; ddim, ddpm or
+    dpm-solver for weights of a DiT."""
     steps: int = 50
     """Solver steps; the papers report 250 with sde."""
     guidance_scale: float = 1.0

@@ -29,7 +29,6 @@ from selfalign.student import build_student
 from selfalign.training.checkpoint import (
     WEIGHTS,
     CheckpointState,
-    choose_checkpoint,
     is_monitored,
     load_optimizer,
     load_weights,
@@ -41,6 +40,7 @@ from selfalign.training.checkpoint import (
 from selfalign.training.ema import EMA
 from selfalign.training.finite import explain
 from selfalign.training.heldout import heldout_loss
+from selfalign.training.starting import load_start, read_start
 from selfalign.training.step import TrainingStep, learning_rate, make_optimizer
 from selfalign.training.tracking import Metrics
 
@@ -126,10 +126,11 @@ def begin(
             _restore(state, checkpoint)
     elif training.start_from is not None:
         with together(accelerator):
-            weights = list(WEIGHTS.values())
-            start = choose_checkpoint(Path(training.start_from) / "checkpoints", None, weights)
-            load_weights(start, student, WEIGHTS["raw"])
-            load_weights(start, ema.model, WEIGHTS["ema"])
+            start = read_start(Path(training.start_from), training.start_weights)
+            models = {"": ema.model, **{file: each.model for file, each in averages.items()}}
+            told = load_start(start, student, models)
+        if told and accelerator.is_main_process:
+            warnings.warn(f"weights of {training.start_from}: {'; '.join(told)}", stacklevel=2)
     return state
 
 
@@ -261,7 +262,8 @@ def _restore(state: TrainingState, checkpoint: Path) -> None:
     load_weights(checkpoint, state.ema.model, WEIGHTS["ema"])
     for file, average in state.averages.items():
         load_weights(checkpoint, average.model, file)
-    load_optimizer(checkpoint, state.student, state.optimizer)
+    if saved.step:  # imported weights come without
+        load_optimizer(checkpoint, state.student, state.optimizer)
     state.step = state.saved_step = saved.step
     state.skipped = saved.skipped
     if state.learner is not None:

@@ -321,7 +321,8 @@ def test_data_that_a_run_cannot_be_tried_on(
     classes: int, source_classes: int, shape: tuple[int, int, int], message: str | None
 ) -> None:
     """A label that the model does not have would be an index error, or another class."""
-    model = SimpleNamespace(channels=1, image_size=(8, 8), num_classes=classes)
+    sides = (8, 8)
+    model = SimpleNamespace(channels=1, image_size=sides, num_classes=classes, predicts="velocity")
     source = SimpleNamespace(channels=shape[0], image_size=shape[1:], num_classes=source_classes)
     found = _other_data(SimpleNamespace(run=SimpleNamespace(model=model), source=source))  # type: ignore[arg-type]
     assert found is None if message is None else re.search(message, found or "")

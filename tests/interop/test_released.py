@@ -15,7 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from small_weights import HEADS, network, projectors
+from torch import Tensor
 
 from selfalign import SiT, UserError
 from selfalign.backbones.sit.sizes import SIZES
@@ -34,30 +35,6 @@ from selfalign.interop.released import (
 )
 from selfalign.tokens import one_group
 
-HEADS = 2
-
-
-def network(seed: int = 0, **changes: Any) -> SiT:
-    """A small model in which every parameter matters."""
-    settings: dict[str, Any] = {
-        "channels": 3,
-        "image_size": (8, 8),
-        "patch_size": 2,
-        "hidden_size": 24,
-        "depth": 2,
-        "heads": HEADS,
-        "num_classes": 5,
-    }
-    with_head = changes.pop("projection_head", False)
-    model = SiT(**(settings | changes))
-    if with_head:
-        model.add_head("ap_head", ProjectionHead(model.hidden_size), tap=1)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
-
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
     """Images, timesteps, labels."""
@@ -68,17 +45,6 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 def plain_weights() -> dict[str, Tensor]:
     return dict(network().state_dict())
-
-
-def projectors(widths: tuple[int, ...] = (16,)) -> nn.ModuleList:
-    """REPA's, as its model holds them."""
-
-    def one(width: int) -> nn.Sequential:
-        return nn.Sequential(
-            nn.Linear(24, 20), nn.SiLU(), nn.Linear(20, 20), nn.SiLU(), nn.Linear(20, width)
-        )
-
-    return nn.ModuleList(one(width) for width in widths)
 
 
 @pytest.mark.parametrize("learned_sigma", [False, True])

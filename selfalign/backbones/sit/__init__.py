@@ -49,18 +49,22 @@ class SiTConfig(BackboneConfig):
         """The model."""
         from selfalign.backbones.sit.model import SiT
 
+        return SiT(**self.arguments(config))
+
+    def arguments(self, config: ResolvedConfig) -> dict[str, Any]:
+        """Those of `SiT`."""
         model = config.model
         size, patch_size = parse_size(model.size)
-        return SiT(
-            channels=model.channels,
-            image_size=model.image_size,
-            patch_size=patch_size,
-            hidden_size=size.hidden_size,
-            depth=size.depth,
-            heads=size.heads,
-            num_classes=model.num_classes,
-            condition=config.condition,
-            qk_norm=model.qk_norm,
-            gradient_checkpointing=model.gradient_checkpointing,
-            mask_token=config.views.hidden_as == "mask",
-        )
+        return {
+            "channels": model.channels,
+            "image_size": model.image_size,
+            "patch_size": patch_size,
+            "hidden_size": size.hidden_size,
+            "depth": size.depth,
+            "heads": size.heads,
+            "num_classes": model.num_classes,
+            "condition": config.condition,
+            "qk_norm": model.qk_norm,
+            "gradient_checkpointing": model.gradient_checkpointing,
+            "mask_token": config.views.hidden_as == "mask",
+        }

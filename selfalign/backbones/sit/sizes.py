@@ -1,5 +1,6 @@
-"""Named transformer sizes (SiT, Table 1; `tiny` is ours, for CPUs)."""
+"""Transformer sizes: named ones (SiT, Table 1; `tiny` is ours, for CPUs), and others by their numbers."""
 
+import re
 from dataclasses import dataclass
 
 from selfalign.errors import UserError
@@ -24,16 +25,41 @@ SIZES: dict[str, Size] = {
 }
 
 
+MAX_WIDTH, MAX_DEPTH = 2**16, 2**10
+_BY_NUMBERS = re.compile(r"(\d{1,5})x(\d{1,4})x(\d{1,4})")
+
+
 def parse_size(name: str) -> tuple[Size, int]:
     """Split `S/2` into its size and its patch size; `tiny` alone means `tiny/1`.
 
+    A size that has no name is written by its numbers, WIDTHxDEPTHxHEADS: `384x12x6/2` is `S/2`.
+
     Raises:
-        UserError: the name is not one of SIZES, or the patch size not one of PATCH_SIZES.
+        UserError: the name is not one of SIZES nor three numbers, or the patch size not one of PATCH_SIZES.
     """
     size, _, patch = (f"{name}/1" if name == "tiny" else name).partition("/")
-    if size not in SIZES or patch not in map(str, PATCH_SIZES):
+    found = SIZES.get(size)
+    if numbers := _BY_NUMBERS.fullmatch(size):
+        found = Size(*map(int, numbers.groups()))
+        if not (
+            0 < found.heads <= found.hidden_size <= MAX_WIDTH
+            and 0 < found.depth <= MAX_DEPTH
+            and found.hidden_size % found.heads == 0
+        ):
+            raise UserError(
+                f"model.size is {name!r}: as numbers allowed are a width up to {MAX_WIDTH}, a depth up to "
+                f"{MAX_DEPTH}, and heads that divide the width"
+            )
+    if found is None or patch not in map(str, PATCH_SIZES):
         raise UserError(
             f"model.size is {name!r}: allowed are {', '.join(SIZES)} followed by "
-            f"/{', /'.join(map(str, PATCH_SIZES))}, as in S/2"
+            f"/{', /'.join(map(str, PATCH_SIZES))}, as in S/2, or WIDTHxDEPTHxHEADS for the name"
         )
-    return SIZES[size], int(patch)
+    return found, int(patch)
+
+
+def size_name(size: Size, patch_size: int) -> str:
+    """What `parse_size` reads as this: a name where there is one."""
+    numbers = f"{size.hidden_size}x{size.depth}x{size.heads}"
+    named = next((name for name, known in SIZES.items() if known == size), numbers)
+    return f"{named}/{patch_size}"

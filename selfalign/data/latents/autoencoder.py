@@ -61,6 +61,19 @@ def load_autoencoder(name: str) -> "AutoencoderKL":
     return autoencoder.eval().requires_grad_(False)
 
 
+def open_decoder(place: Path) -> "Decoder":
+    """From latents as the model sees them to images, by an autoencoder without a stored set.
+
+    Args:
+        place: `ema`, `mse`, or a folder.
+
+    Raises:
+        UserError: there is no such autoencoder.
+    """
+    autoencoder = load_autoencoder(str(place))
+    return Decoder(place, str(place), "", *scale_and_shift(autoencoder), autoencoder)
+
+
 def store_autoencoder(autoencoder: "AutoencoderKL", folder: Path) -> None:
     """Write a copy, whole or not at all.
 
@@ -110,12 +123,21 @@ class Decoder:
         name: the autoencoder by name, which is tried where there is no copy.
         sha256: hash its weights must have; empty where it is not known.
         scale, shift: the model sees latents · scale + shift.
+        autoencoder: where it is loaded already.
     """
 
-    def __init__(self, folder: Path, name: str, sha256: str, scale: float, shift: float) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        sha256: str,
+        scale: float,
+        shift: float,
+        autoencoder: "AutoencoderKL | None" = None,
+    ) -> None:
         self.folder, self.name, self.sha256 = folder, name, sha256
         self.scale, self.shift = scale, shift
-        self._autoencoder: Any = None
+        self._autoencoder: Any = autoencoder
 
     def __call__(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 S S"]:
         """Decode on the device that the latents are on.

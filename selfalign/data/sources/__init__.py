@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from selfalign.parts import Part
 
@@ -26,6 +27,9 @@ class Source(Part):
     decodes: ClassVar[bool] = False
     """Whether the model sees something else than pixels, so that samples need `DataSource.decode`."""
 
+    holds_images: ClassVar[bool] = True
+    """Whether it can be opened."""
+
     @property
     def padded(self) -> bool:
         """Whether samples are of unequal lengths along their first side: what is missing is NaN."""
@@ -38,6 +42,10 @@ class Source(Part):
         Raises:
             UserError: files are missing or unreadable; the message names them.
         """
+
+    def decoder(self, config: DataConfig) -> Callable[[Any], Any] | None:
+        """`DataSource.decode`, where that needs no images; None where the set has to be opened for it."""
+        return None
 
     def reopen(self, config: DataConfig, recorded: Recorded) -> DataSource:
         """The data set for a run that goes on; images that a run recorded keep their places."""

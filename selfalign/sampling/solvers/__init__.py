@@ -37,6 +37,9 @@ class Solver(Part):
 
     kind: ClassVar[str] = "solver"
 
+    predicts: ClassVar[str] = "velocity"
+    """What it needs a model to predict: velocity, or noise at diffusion steps."""
+
     def times(self, steps: int) -> list[float]:
         """Where the steps start, and 0: equal intervals by default."""
         import torch

@@ -173,7 +173,8 @@ def _open_folder(folder: Path, background: str) -> ImageSet:
     grey = len(set(parse_colour(background))) == 1
     for file in listing.files:
         digest.update(encode_name(f"{file.name}\0{hash_file(Path(file.path))}\n"))
-        grey = grey and is_grey(Path(file.path))
+        # Of every one, whose header says here what could not be read later, after long work.
+        grey = is_grey(Path(file.path)) and grey
     channels = 1 if grey else 3
 
     def read_one(index: int) -> UInt8[Tensor, "C H W"]:

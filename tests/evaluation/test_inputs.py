@@ -102,6 +102,11 @@ def test_refuses_folders_with_files_that_are_no_images(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(UserError, match="a.png is not a readable image: .* remove or repair it$"):
         open_images(tmp_path)  # of a set to be compared, none is left out
+    (tmp_path / "a.png").unlink()
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    (tmp_path / "c.png").write_bytes(b"no image")  # after one that has colours, too
+    with pytest.raises(UserError, match=r"c\.png is not a readable image"):
+        open_images(tmp_path)
 
 
 def test_refuses_more_images_than_there_are(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ class RunConfig(Settings):
             part.check_in(self)
         self._check_hidden_groups()
         self.model.require(
-            not self.data.source.padded or self.backbone.pads,
+            not self.padded or self.backbone.pads,
             "backbone",
             "it sees every token, and samples are of unequal lengths; allowed is sit",
         )
@@ -130,6 +130,11 @@ class RunConfig(Settings):
     def curriculum(self) -> Any:
         """How the grouping changes over the run (a `Curriculum`)."""
         return self.curriculums[self.views.curriculum]
+
+    @cached_property
+    def padded(self) -> bool:
+        """Whether samples are of unequal lengths. Known since the tree was checked: compiled code asks."""
+        return bool(self.data.source.padded)
 
     @cached_property
     def depth(self) -> int:

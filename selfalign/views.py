@@ -62,7 +62,7 @@ def draw_views(
         condition: of every sample, for the teacher.
     """
     x0 = batch if isinstance(batch, Tensor) else None
-    if x0 is not None and config.data.source.padded:
+    if x0 is not None and config.padded:
         x0 = x0.nan_to_num(0)
     shape = tuple(batch.shape if isinstance(batch, Tensor) else batch)
     grouping = config.views if views is None else views
@@ -172,7 +172,7 @@ def make_views(config: ResolvedConfig, x0: Float[Tensor, "B C *sides"], draw: Dr
         separate=views.attention == "separated",
     )
     clean, noise = (groups.sort(grid.patchify(samples)) for samples in (x0, draw.noise))
-    if config.data.source.padded:
+    if config.padded:
         clean, present = without_padding(clean)
         groups = replace(groups, present=present)
     whole, seen, timesteps = groups.present, (clean, noise), draw.timesteps

@@ -168,7 +168,7 @@ def _sample(parsed: SampleArguments, sampling: SamplingConfig) -> int:
         labels = _told(run, parsed)
     longest = run.model.image_size[0]
     if parsed.lengths and not (
-        run.config.data.source.padded
+        run.config.padded
         and not sampling.mask_ratio
         and all(1 <= length <= longest for length in parsed.lengths)
     ):

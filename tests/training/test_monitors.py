@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
 from conftest import SMALL
 
 from selfalign import RunConfig, override, recipe
@@ -70,14 +71,21 @@ def test_a_monitor_that_is_told_to_stop_stops(tmp_path: Path, small_config: RunC
     assert step_of(checkpoint) == 2 and not is_monitored(checkpoint)
 
 
-@pytest.mark.parametrize("method", ["init_trackers", "log", "end_training"])
+@pytest.mark.parametrize(
+    ("of", "method"),
+    [(Accelerator, "init_trackers"), (Accelerator, "log"), (TensorBoardTracker, "finish")],
+)
 def test_a_failing_tracker_costs_no_step(
-    tmp_path: Path, small_config: RunConfig, method: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    small_config: RunConfig,
+    of: type,
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(*arguments: Any, **settings: Any) -> None:
         raise ConnectionError("no server")
 
-    monkeypatch.setattr(Accelerator, method, fail)
+    monkeypatch.setattr(of, method, fail)
     config = override(small_config, {"training.trackers": ("tensorboard",)})
     with pytest.warns(UserWarning, match="trackers get no more values.*no server") as told:
         state = start_run(config, tmp_path / "run", quiet, [])

@@ -27,6 +27,7 @@ COMMANDS = {
     "sample": "sample from a run",
     "evaluate": "measure a run or a set of samples",
     "import": "make a run of released weights",
+    "export": "write a run's model as other projects read it",
     "inspect": "look into a run or a released checkpoint: what it learnt, what it saw",
     "prepare": "encode a data set once, into files that training reads fast",
     "study": "run a grid of variants and seeds, and report on it",

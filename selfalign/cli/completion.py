@@ -11,6 +11,7 @@ from selfalign.cli.bench import EstimateArguments, StepArguments
 from selfalign.cli.bench import SampleArguments as BenchSampleArguments
 from selfalign.cli.diff import DiffArguments
 from selfalign.cli.evaluate import EvaluateArguments
+from selfalign.cli.export import ExportArguments
 from selfalign.cli.import_ import ImportArguments
 from selfalign.cli.inspect import InspectArguments
 from selfalign.cli.prepare import PrepareArguments
@@ -44,6 +45,7 @@ def _commands() -> Any:
             "sample": SampleArguments,
             "evaluate": EvaluateArguments,
             "import": ImportArguments,
+            "export": ExportArguments,
             "inspect": InspectArguments,
             "prepare": PrepareArguments,
             "study": _choice(dict.fromkeys(GRIDS, StudyArguments)),

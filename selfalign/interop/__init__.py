@@ -1,1 +1,1 @@
-"""What crosses the border of the package: released checkpoints in."""
+"""What crosses the border of the package: released checkpoints in, models out."""

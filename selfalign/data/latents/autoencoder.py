@@ -145,13 +145,18 @@ class Decoder:
         Raises:
             UserError: the autoencoder is missing, or is not the one that encoded the set.
         """
-        if self._autoencoder is None:
-            self._autoencoder = self._load()
-        autoencoder = self._autoencoder.to(latents.device)
+        autoencoder: Any = self.autoencoder.to(latents.device)
         unscaled = (latents.float() - self.shift) / self.scale
         with torch.inference_mode():
             images = [autoencoder.decode(part).sample for part in unscaled.split(DECODE_BATCH)]
         return torch.cat(images).float().clamp(-1, 1)
+
+    @property
+    def autoencoder(self) -> "AutoencoderKL":
+        """Loaded when it is first asked for. Raises what calling raises."""
+        if self._autoencoder is None:
+            self._autoencoder = self._load()
+        return self._autoencoder
 
     def _load(self) -> "AutoencoderKL":
         stored = (self.folder / "config.json").is_file()

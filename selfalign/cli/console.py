@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import tyro
@@ -21,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from selfalign.environment import is_first_process
 from selfalign.errors import UserError
 
 
@@ -39,6 +41,13 @@ class _Console(Console):
         self.quiet = True
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def shows_bars() -> bool:
+    """Whether a bar can be drawn and redrawn here: on a terminal, or in a notebook that has widgets."""
+    if not is_first_process():
+        return False  # it shows what all do
+    return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
 
 
 # Names of files may look like markup.
@@ -121,5 +130,5 @@ def make_bar(name: str, counts: ProgressColumn | None = None, disable: bool = Fa
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
-        disable=disable,
+        disable=disable or (console.is_jupyter and not shows_bars()),
     )

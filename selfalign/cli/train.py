@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from selfalign.cli.console import MovedData, console, parse
+from selfalign.cli.console import MovedData, console, parse, shows_bars
 from selfalign.cli.tree import build_tree, options_of
 from selfalign.config import OLDER_NAMES, RunConfig
 from selfalign.environment import is_first_process
@@ -233,7 +233,7 @@ def _progress() -> Iterator[Callable[[Any, dict[str, float]], None]]:
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=False),
         console=console,
-        disable=not console.is_terminal or not is_first_process(),
+        disable=not shows_bars(),
     )
     task: Any = None
     begun, first_step, printed = time.perf_counter(), 0, 0.0

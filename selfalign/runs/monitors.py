@@ -70,13 +70,16 @@ class GridMonitor:
 
     def __call__(self, state: TrainingState) -> None:
         """Write samples/step_*.png."""
+        path = state.folder / "samples" / f"step_{state.step:08d}.png"
         draw_sample_grid(
-            state.folder / "samples" / f"step_{state.step:08d}.png",
+            path,
             state.ema.model,
             state.config,
             state.source,
             title=f"EMA weights after {state.step} steps",
         )
+        if state.metrics is not None:
+            state.metrics.show_picture(state.step, "samples", path)
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,10 @@ class CurvesMonitor:
         """Write curves.png."""
         from selfalign.sampling.pictures import draw_curves
 
-        draw_curves(state.folder / "curves.png", read_metrics(state.folder), state.folder.name)
+        path = state.folder / "curves.png"
+        draw_curves(path, read_metrics(state.folder), state.folder.name)
+        if state.metrics is not None:
+            state.metrics.show_picture(state.step, "curves", path)
 
 
 def draw_sample_grid(

@@ -170,7 +170,7 @@ def train(
             averages = (state.ema, *state.averages.values())
             models = (student, *(average.model for average in averages))
             require_room_for_checkpoint(state.folder / "checkpoints", *models)
-        state.metrics = Metrics(state.folder, accelerator, state.step, state.monitored)
+        state.metrics = Metrics(state.folder, accelerator, state.step, state.monitored, config)
     failed: set[type] = set()
     if not state.monitored:
         _watch(state, monitors, failed)

@@ -3,15 +3,19 @@
 import json
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
 from accelerate import Accelerator
+from PIL import Image
 
+from selfalign.config import RunConfig, config_to_dict
 from selfalign.disk import reason, write_whole
 from selfalign.errors import UserError
+from selfalign.pages.settings import flatten, shown
 from selfalign.records import read_bytes
 
 MAX_BYTES = 2**32
@@ -32,13 +36,19 @@ class Metrics:
         accelerator: knows the trackers and which process is the main one.
         step: steps done; lines after it, from before an interruption, are dropped.
         monitored: whether the monitors of that step are through; if not, their lines are dropped.
+        config: the run's settings, which trackers show.
 
     Raises:
         UserError: the file cannot be read or written.
     """
 
     def __init__(
-        self, folder: Path, accelerator: Accelerator, step: int, monitored: bool = True
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        step: int,
+        monitored: bool = True,
+        config: RunConfig | None = None,
     ) -> None:
         self._path = folder / "metrics.jsonl"
         self._accelerator = accelerator
@@ -51,11 +61,17 @@ class Metrics:
             ]
             text = "".join(map(_as_line, kept))
             write_whole(self._path, lambda partial: partial.write_text(text))
-        settings = {"tensorboard": {"purge_step": step + 1}}
+        tree = {} if config is None else flatten(config_to_dict(config))
+        settings = {
+            "tensorboard": {"purge_step": step + 1},
+            "wandb": {"dir": str(folder), "name": folder.name, "config": tree},
+        }
         self._track(lambda: accelerator.init_trackers("run", init_kwargs=settings))
+        if tree:
+            self._track(lambda: self._show_settings(step, tree))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Record values of a step; lists go to metrics.jsonl only.
+        """Record values of a step; of lists, which are by t, trackers get a curve per entry.
 
         Raises:
             UserError: the disk is full or not writable.
@@ -67,8 +83,39 @@ class Metrics:
             except OSError as error:
                 why = reason(error, self._path.parent)
                 raise UserError(f"{self._path} cannot be written: {why}") from error
-        numbers = {name: value for name, value in values.items() if not isinstance(value, list)}
+        numbers: dict[str, Any] = {}
+        for name, value in values.items():
+            if isinstance(value, list):
+                for bin, number in enumerate(value):
+                    numbers[f"{name}/{(bin + 0.5) / len(value):.2f}"] = number
+            else:
+                numbers[name] = value
         self._track(lambda: self._accelerator.log(numbers, step=step))
+
+    def show_picture(self, step: int, name: str, path: Path) -> None:
+        """Give trackers a picture of a step.
+
+        Args:
+            step: steps done.
+            name: what it shows.
+            path: its file, which Pillow can read.
+        """
+
+        def show() -> None:
+            pictures = {name: np.asarray(Image.open(path).convert("RGB"))[None]}
+            for tracker in self._accelerator.trackers:
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images(pictures, step=step, **layout)
+
+        if self._accelerator.is_main_process and self._accelerator.trackers:
+            self._track(show)
+
+    def _show_settings(self, step: int, tree: Mapping[str, Any]) -> None:
+        """As a text, where a tracker has no place for a run's settings that costs no time."""
+        rows = "\n".join(f"    {name}: {shown(value)}" for name, value in tree.items())
+        for tracker in self._accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log({"config": rows}, step=step)
 
     def close(self) -> None:
         """Flush the trackers.

@@ -31,6 +31,11 @@ lint: $(INSTALLED)  ## run the linters
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(INSTALLED)  ## build the site in build/site; a broken link fails
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python docs/stage_site.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 audit: $(INSTALLED)  ## look the locked versions up in the advisory database (needs the internet)
 	$(BIN)/pip install --quiet --disable-pip-version-check pip-audit
 	$(BIN)/pip-audit --strict --require-hashes --disable-pip -r requirements.lock
@@ -42,4 +47,4 @@ lock: $(INSTALLED)  ## write requirements.lock: the versions of constraints.txt 
 clean:  ## remove the environment and everything generated
 	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help install demo test test-all lint audit lock clean
+.PHONY: help install demo test test-all lint docs audit lock clean

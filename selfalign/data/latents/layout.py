@@ -44,7 +44,9 @@ def make_layout(
         UserError: they do not fit together.
     """
     size = config.image_size
-    scale, shift, sha256 = 1.0, 0.0, ""
+    scale: vae.Numbers = 1.0
+    shift: vae.Numbers = 0.0
+    sha256 = ""
     shape = (3, size, size)
     if config.vae != "none":
         shape = _moments_shape(config, autoencoder)
@@ -83,6 +85,7 @@ def make_layout(
         images=images,
         shard_images=_shard_images(images, views * math.prod(shape) * np.dtype(dtype).itemsize),
         background=config.background,
+        normalise=config.normalise if config.vae != "none" else "config",
     )
 
 
@@ -149,14 +152,12 @@ def require_same(begun: Layout, wanted: Layout, where: object) -> None:
 def _moments_shape(
     config: PrepareConfig, autoencoder: "AutoencoderKL | None"
 ) -> tuple[int, int, int]:
-    channels, factor, colours = vae.NAMED_CHANNELS, vae.NAMED_FACTOR, 3
     if autoencoder is not None:
-        channels, colours = autoencoder.config.latent_channels, autoencoder.config.in_channels
-        factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
-    if config.image_size % factor or colours != 3:
+        channels, height, width = vae.latent_shape(autoencoder, config.image_size)
+        return 2 * channels, height, width
+    if config.image_size % vae.NAMED_FACTOR:
         raise UserError(
-            f"image_size is {config.image_size} and vae {config.vae!r} takes {colours} channels: "
-            f"allowed are multiples of {factor}, and VAEs of RGB images"
+            f"image_size is {config.image_size}: allowed are multiples of {vae.NAMED_FACTOR}"
         )
-    side = config.image_size // factor
-    return 2 * channels, side, side
+    side = config.image_size // vae.NAMED_FACTOR
+    return 2 * vae.NAMED_CHANNELS, side, side

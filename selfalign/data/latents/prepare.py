@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 PLAN = "plan.json"
 """The layout of a set that is being made."""
 HELDOUT_SHARE = 0.01
+STATISTICS_AT_ONCE = 256
+"""Records that are measured at once."""
 
 
 def prepare(
@@ -258,6 +260,10 @@ def _finish(root: Path, source: Source, layout: Layout, shards: Sequence[Shard])
     _, heldout = split_in_order(order_by_hash(names), HELDOUT_SHARE, labels)
     index[heldout, 1] = 1
     write_whole(root / INDEX, lambda path: _save(path, index))
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    if layout.normalise == "measured":
+        mean, std = channel_statistics(root, layout, shards, index[:, 1] == 0)
     manifest = Manifest(
         layout,
         tuple(shards),
@@ -265,10 +271,50 @@ def _finish(root: Path, source: Source, layout: Layout, shards: Sequence[Shard])
         tuple(source.names[i] for i in skipped),
         dict(source.left_out),
         "xxh3_64",
+        channel_mean=mean,
+        channel_std=std,
     )
     write_json(root / MANIFEST, manifest)
     _clean(root)
     return manifest
+
+
+def channel_statistics(
+    root: Path, layout: Layout, shards: Sequence[Shard], chosen: np.ndarray
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of every channel of latents as they are drawn from their posteriors.
+
+    Args:
+        root: folder of the set.
+        layout, shards: what is stored there.
+        chosen: (M,) which records count.
+
+    Raises:
+        UserError: a channel is the same everywhere.
+    """
+    channels = layout.shape[1] // 2
+    total = np.zeros((2, channels))
+    count, first = 0, 0
+    for shard in shards:
+        records = np.memmap(
+            root / shard.file, layout.dtype, "r", shape=(shard.records, *layout.shape)
+        )
+        for start in range(0, shard.records, STATISTICS_AT_ONCE):
+            part = records[start : start + STATISTICS_AT_ONCE]
+            kept = chosen[first + start : first + start + len(part)]
+            means, stds = np.split(part[kept].astype(np.float64), 2, axis=2)
+            total[0] += means.sum(axis=(0, 1, 3, 4))
+            total[1] += (means**2 + stds**2).sum(axis=(0, 1, 3, 4))
+            count += means.size // channels
+        first += shard.records
+    mean, square = total / count
+    std = np.sqrt(np.maximum(square - mean**2, 0))
+    if not std.all():
+        raise UserError(
+            f"channel {int(np.argmin(std))} of the latents is the same everywhere: allowed is --normalise "
+            "config"
+        )
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def _save(path: Path, array: np.ndarray) -> None:

@@ -13,7 +13,7 @@ import xxhash
 from torch import Tensor
 
 from selfalign.arrays import read_npy
-from selfalign.data.latents.autoencoder import Decoder
+from selfalign.data.latents.autoencoder import Decoder, per_channel
 from selfalign.data.latents.store import (
     AUTOENCODER,
     INDEX,
@@ -45,6 +45,7 @@ class Records:
     def __init__(self, root: Path, manifest: Manifest) -> None:
         self.root, self.layout = root, manifest.layout
         self.shards = manifest.shards
+        self.scale_and_shift = manifest.scale, manifest.shift
         self.fingerprint = manifest.fingerprint
         self.has_checksums = manifest.has_checksums
         self.ends = np.cumsum([shard.records for shard in manifest.shards])
@@ -164,7 +165,8 @@ class StoredSplit:
             for sample, seed in zip(latents, seeds, strict=True):
                 sample.normal_(generator=generator.manual_seed(seed))
             latents.mul_(std).add_(mean)
-        return latents.mul_(layout.scale).add_(layout.shift), labels
+        scale, shift = (per_channel(each, latents) for each in self.records.scale_and_shift)
+        return latents.mul_(scale).add_(shift), labels
 
 
 @dataclass(frozen=True)
@@ -292,8 +294,8 @@ def open_latents(config: DataConfig) -> DataSource:
         root / AUTOENCODER,
         layout.autoencoder,
         layout.autoencoder_sha256,
-        layout.scale,
-        layout.shift,
+        manifest.scale,
+        manifest.shift,
     )
     return dataclasses.replace(source, decode=decoder)
 

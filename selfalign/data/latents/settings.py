@@ -15,7 +15,8 @@ class PrepareConfig(Settings):
     image_size: int = 256
     """Side of the square that images are cropped and resized to."""
     vae: str = "ema"
-    """Autoencoder: ema or mse (those of Stable Diffusion), a folder with one, or none for pixels."""
+    """Autoencoder: ema or mse (those of Stable Diffusion), a folder with one of diffusers (KL, DC, RAE …),
+    OWNER/NAME on the hub, or none for pixels."""
     dtype: Literal["float16", "float32"] = "float16"
     """Numbers that latents are stored as; pixels are stored as bytes."""
     flip: bool = False
@@ -35,6 +36,10 @@ class PrepareConfig(Settings):
     PART[:MODEL][#MODULE][@SIDE][+class]: repa:dinov2-vit-b, timm:NAME, efficientnet-lite0."""
     processes: int = 1
     """Processes that decode and encode; GPUs are shared out among them."""
+
+    normalise: Literal["config", "measured"] = "config"
+    """How latents are brought to unit size: by the scale and shift of the autoencoder's config, or by each
+    channel's mean and deviation, measured over the training images while preparing."""
 
     def check(self) -> None:
         """Limits of the numbers, and what goes together."""

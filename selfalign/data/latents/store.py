@@ -54,9 +54,9 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """numpy's name of the stored numbers."""
     shape: tuple[Annotated[int, msgspec.Meta(ge=1, le=2)], Side, Side, Side]
     """One record: views, channels, height, width; of features views, rows, columns, features."""
-    scale: float
-    """The model sees latents · scale + shift."""
-    shift: float
+    scale: float | tuple[float, ...]
+    """The model sees latents · scale + shift: numbers, or one per channel."""
+    shift: float | tuple[float, ...]
     autoencoder: str
     """Name or folder of the VAE; empty for pixels."""
     autoencoder_sha256: Sha256
@@ -70,6 +70,8 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Images of the source."""
     shard_images: Annotated[int, msgspec.Meta(ge=1, le=10**12)]
     """Images of the source per shard."""
+    normalise: Literal["config", "measured"] = "config"
+    """Whether scale and shift are those of the autoencoder, or follow from what the manifest measured."""
     background: str | None = None
     """Behind what is transparent; None in sets of version 0.1.0, which dropped it."""
     encoder: str = ""
@@ -88,7 +90,10 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         square = self.kind == "features" or height == width <= self.image_size
         if not fits or self.record_bytes > 2**32 or not square:
             raise ValueError(f"{self.kind} of {self.dtype} cannot have the shape {self.shape}")
-        if not math.isfinite(self.scale) or not self.scale or not math.isfinite(self.shift):
+        scales, shifts = (n if isinstance(n, tuple) else (n,) for n in (self.scale, self.shift))
+        if any(len(numbers) not in (1, channels // 2) for numbers in (scales, shifts)):
+            raise ValueError(f"scale and shift: allowed are one number, or {channels // 2}")
+        if not all(map(math.isfinite, (*scales, *shifts))) or not all(scales):
             raise ValueError(
                 "scale and shift: allowed are finite numbers, and a scale other than 0"
             )
@@ -127,10 +132,36 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     record_checksums: Literal["xxh3_64"] | None = None
     """What the files beside the shards hold; None where there are none."""
     format: int = FORMAT
+    channel_mean: tuple[float, ...] = ()
+    """Of the training images' latents, where it was measured."""
+    channel_std: tuple[float, ...] = ()
+    """Their deviation, what is drawn from the posteriors included."""
 
     def __post_init__(self) -> None:
         if self.layout.kind == "features" and self.record_checksums is None:
             raise ValueError("record_checksums: features have them, of whatever version")
+        if self.layout.normalise == "measured":
+            channels = self.layout.shape[1] // 2
+            measured = (*self.channel_mean, *self.channel_std)
+            whole = len(self.channel_mean) == len(self.channel_std) == channels
+            if not whole or not all(map(math.isfinite, measured)) or min(self.channel_std) <= 0:
+                raise ValueError(
+                    f"channel_mean and channel_std: allowed are {channels} numbers each, deviations above 0"
+                )
+
+    @property
+    def scale(self) -> float | tuple[float, ...]:
+        """The model sees latents · scale + shift."""
+        if self.layout.normalise == "config":
+            return self.layout.scale
+        return tuple(1 / std for std in self.channel_std)
+
+    @property
+    def shift(self) -> float | tuple[float, ...]:
+        """See `scale`."""
+        if self.layout.normalise == "config":
+            return self.layout.shift
+        return tuple(-m / s for m, s in zip(self.channel_mean, self.channel_std, strict=True))
 
     @property
     def has_checksums(self) -> bool:

@@ -24,7 +24,7 @@ class NoImages(Source):
     decodes: ClassVar[bool] = True
 
     vae: str = ""
-    """Autoencoder that turns samples into images: ema, mse, a folder; left out:
+    """Autoencoder that turns samples into images: ema, mse, a folder, or OWNER/NAME on the hub; left out:
     samples are images."""
 
     def open(self, config: DataConfig) -> DataSource:

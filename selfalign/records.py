@@ -4,12 +4,14 @@ Whatever a file says is checked here, at the border: the rest of the package see
 that it asked for. Records are `msgspec.Struct`s; their annotations say what is allowed.
 """
 
+import contextlib
 import json
 import math
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import msgspec
 
@@ -98,6 +100,13 @@ def read_bytes(path: Path, limit: int) -> bytes:
         UserError: there is no such file, it is something else (a folder, a pipe, a device), is larger,
             or cannot be read.
     """
+    with open_file(path, limit) as file:
+        return file.read()
+
+
+@contextlib.contextmanager
+def open_file(path: Path, limit: int) -> Iterator[IO[bytes]]:
+    """A regular file of at most `limit` bytes, open for reading. Raises UserError as `read_bytes` does."""
     try:
         status = path.stat()  # before it is opened: a pipe would wait for a writer
         if not stat.S_ISREG(status.st_mode):
@@ -106,7 +115,8 @@ def read_bytes(path: Path, limit: int) -> bytes:
             raise UserError(
                 f"{path} cannot be read: it has {status.st_size:,} bytes; allowed are {limit:,}"
             )
-        return path.read_bytes()
+        with path.open("rb") as file:
+            yield file
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise UserError(f"{path} cannot be read: {reason}") from error

@@ -30,7 +30,7 @@ from selfalign.runs.monitors import GRID_STEPS
 from selfalign.sampling.generate import generate, to_uint8
 from selfalign.sampling.pictures import column_labels, column_names, data_uri, tile
 from selfalign.sampling.settings import SamplingConfig
-from selfalign.training.tracking import read_metrics
+from selfalign.training.tracking import FOR_CURVES, read_metrics
 
 REPORT_FILE = "report.html"
 ROWS, COLUMNS = 2, 10
@@ -119,7 +119,7 @@ def compare_runs(
     runs = []
     for folder, name in zip(folders, _names(folders), strict=True):
         run = load_run(folder, weights, device, data_root=data_root)
-        runs.append(Compared(name, run, read_metrics(folder)))
+        runs.append(Compared(name, run, read_metrics(folder, FOR_CURVES)))
     strips = {}
     for done, compared in enumerate(runs, 1):
         strips[compared.name] = _strip(compared.run)

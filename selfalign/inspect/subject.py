@@ -22,7 +22,7 @@ from selfalign.recipes import recipe
 from selfalign.runs.folder import CHECKPOINTS, read_record
 from selfalign.runs.load import LoadedRun, load_run
 from selfalign.training.checkpoint import checkpoints, step_of
-from selfalign.training.tracking import read_metrics
+from selfalign.training.tracking import FOR_CURVES, read_metrics
 
 RECIPE_OF: dict[Source, str] = {"self-flow": "self-flow", "sra": "sra"}
 """The recipe that released checkpoints stand for where none is named; `sit` for all others."""
@@ -183,7 +183,7 @@ def _of_run(
         config=config,
         source=source,
         step=run.step,
-        metrics=read_metrics(folder),
+        metrics=read_metrics(folder, FOR_CURVES),
         load={s: functools.partial(models, s) for s in steps if s < run.step},
     )
 

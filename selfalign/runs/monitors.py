@@ -18,7 +18,7 @@ from selfalign.sampling.settings import SamplingConfig
 from selfalign.sections import TrainingConfig
 from selfalign.training.heldout import heldout_loss
 from selfalign.training.loop import Monitor, TrainingState
-from selfalign.training.tracking import read_metrics
+from selfalign.training.tracking import FOR_CURVES, read_metrics
 
 GRID_ROWS = 6
 GRID_GUIDANCE = 2.0
@@ -93,7 +93,7 @@ class CurvesMonitor:
         from selfalign.sampling.pictures import draw_curves
 
         path = state.folder / "curves.png"
-        draw_curves(path, read_metrics(state.folder), state.folder.name)
+        draw_curves(path, read_metrics(state.folder, FOR_CURVES), state.folder.name)
         if state.metrics is not None:
             state.metrics.show_picture(state.step, "curves", path)
 

@@ -105,7 +105,7 @@ def _status(folder: Path, jobs: list[Job], begun: dict[str, float], launcher: La
 
 
 def _step(folder: Path, job: Job) -> int:
-    lines = read_metrics(folder / RUNS / job.name)
+    lines = read_metrics(folder / RUNS / job.name, most=1)
     return lines[-1]["step"] if lines else 0
 
 

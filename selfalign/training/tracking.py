@@ -2,8 +2,9 @@
 
 import json
 import math
+import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,11 +17,15 @@ from selfalign.config import RunConfig, config_to_dict
 from selfalign.disk import reason, write_whole
 from selfalign.errors import UserError
 from selfalign.pages.settings import flatten, shown
-from selfalign.records import read_bytes
+from selfalign.records import open_file
 
 MAX_BYTES = 2**32
+FOR_CURVES = 20_000
+"""Lines of training losses that a curve needs at most."""
 _NUMBER = int | float | None  # what is not finite is null in JSON
+_BEGIN, _LOSS = re.compile(rb'\{"step": (\d{1,15}), '), b'"loss"'
 _LINE = dict[Annotated[str, msgspec.Meta(max_length=200)], _NUMBER | str | list[_NUMBER]]
+_DECODER = msgspec.json.Decoder(_LINE)
 _NUMBERS = ("loss", "_norm", "_rate", "_per_second", "heldout_ema", "heldout_raw")
 """How names end whose values are read as numbers; distances, too, are (`fd_…`, `fid`)."""
 _BY_TIMESTEP = tuple(f"heldout_{weights}_by_timestep" for weights in ("ema", "raw"))
@@ -54,13 +59,22 @@ class Metrics:
         self._accelerator = accelerator
         self._tracks = True
         if accelerator.is_main_process:
-            kept = [
-                line
-                for line in read_metrics(folder)
-                if line["step"] < step or (line["step"] == step and (monitored or "loss" in line))
-            ]
-            text = "".join(map(_as_line, kept))
-            write_whole(self._path, lambda partial: partial.write_text(text))
+
+            def belongs(line: dict[str, Any]) -> bool:
+                return line["step"] < step or (
+                    line["step"] == step and (monitored or "loss" in line)
+                )
+
+            def write(partial: Path) -> None:
+                with partial.open("wb") as file:
+                    for line in _lines(self._path):
+                        begun = _BEGIN.match(line)
+                        if begun and int(begun[1]) < step and line.endswith(b"}\n"):
+                            file.write(line)  # of long runs there are millions
+                        elif (values := _parse(line)) is not None and belongs(values):
+                            file.write(_as_line(values).encode())
+
+            write_whole(self._path, write)
         tree = {} if config is None else flatten(config_to_dict(config))
         settings = {
             "tensorboard": {"purge_step": step + 1},
@@ -138,23 +152,47 @@ class Metrics:
             )
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path, most: int | None = None) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; those that a crash has cut off or damaged are left out.
+
+    Args:
+        folder: the run's.
+        most: how many lines of training losses suffice, as they do for a curve: of more, one in so many,
+            and the last. All others (held-out losses) are there.
 
     Raises:
         UserError: the file cannot be read.
     """
     path = folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = map(_parse, read_bytes(path, MAX_BYTES).splitlines())
+    lines = map(_parse, _lines(path) if most is None else _thinned(path, most))
     return [line for line in lines if line is not None]
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file; none where there is no file."""
+    if path.exists():
+        with open_file(path, MAX_BYTES) as file:
+            yield from file
+
+
+def _thinned(path: Path, most: int) -> Iterator[bytes]:
+    """About `most` of the lines with a training loss, the last one among them, and all others."""
+    stride = max(1, sum(1 for _ in _lines(path)) // most)
+    last = None
+    for number, line in enumerate(_lines(path)):
+        last = None
+        if number % stride == 0 or _LOSS not in line:
+            yield line
+        else:
+            last = line
+    if last is not None:
+        yield last
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     """A line's values; None for a damaged one."""
     try:
-        values = msgspec.convert(json.loads(line), _LINE)
+        values = _decode(line)
         step = values["step"]
     except (ValueError, KeyError, RecursionError):  # msgspec's errors are ValueErrors
         return None
@@ -165,6 +203,15 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     if "heldout_ema" in values and not values.keys() >= {"heldout_raw", *_BY_TIMESTEP}:
         return None
     return {name: _from_json(value) for name, value in values.items()}
+
+
+def _decode(line: bytes) -> dict[str, Any]:
+    try:
+        return _DECODER.decode(line)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:  # Python's JSON knows NaN
+        return msgspec.convert(json.loads(line), _LINE)
 
 
 def _is_of_another_kind(name: str, value: object) -> bool:

@@ -1,6 +1,6 @@
 """A long run of the smallest model: memory, open files and step time over 20,000 steps; and its long record.
 
-python benchmarks/long_run.py                       figures of docs/reliability.md
+python benchmarks/long_run.py                       as it says
 python benchmarks/long_run.py --steps 1000          a shorter one
 """
 

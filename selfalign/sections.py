@@ -180,7 +180,7 @@ class ModelConfig(Choosing):
     backbone: str = chosen("backbone", "sit")
     """Which transformer."""
     size: str = "S/2"
-    """Size and patch: tiny, S, B, L or XL, then /1, /2, /4 or /8."""
+    """Size and patch: tiny, S, B, L, XL, 2B, 5B or 10B, then /1, /2, /4 or /8."""
     condition: str = chosen("condition", "label")
     """What a sample is conditioned on."""
     channels: int | None = None

@@ -74,6 +74,8 @@ class Cost:
     """Weights, gradients, two moments and the averages, in float32."""
     activation_bytes: int
     """What the forward pass keeps for the backward pass, in float32."""
+    teacher_share: float = 0.0
+    """Share of the blocks that the teacher runs."""
 
     @property
     def flops(self) -> float:
@@ -187,6 +189,7 @@ def step_cost(config: ResolvedConfig, batch_size: int) -> Cost:
         * (sum(UPDATE_BYTES_PER_PARAMETER.values()) + further * UPDATE_BYTES_PER_PARAMETER["EMA"]),
         state_bytes=(5 + further) * FLOAT_BYTES * parameters,
         activation_bytes=FLOAT_BYTES * _kept_features(config, step.student) * tokens * width,
+        teacher_share=len(teacher_blocks) / len(step.student.blocks),
     )
 
 

@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.table import Table
@@ -26,7 +26,7 @@ class Model:
     """The transformer."""
 
     size: str = "S/2"
-    """Size and patch: tiny, S, B, L or XL, then /1, /2, /4 or /8."""
+    """Size and patch: tiny, S, B, L, XL, 2B, 5B or 10B, then /1, /2, /4 or /8."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,29 @@ class EstimateArguments(BenchArguments):
 
     devices: int = 1
     """Devices that share the batch."""
+    nodes: int = 1
+    """Machines that they are in, as many in each."""
+    sharding: Literal["none", "gradients", "full"] = "none"
+    """What devices hold: none, all each; gradients: shares of gradients, moments, averages and, between
+    steps, weights; full: of the weights always. A plan's, not a setting of training."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """In what weights are gathered and activations kept, as --training.precision."""
+    gradient_accumulation: int = 1
+    """Micro-batches per step and device."""
+    gradient_checkpointing: bool = False
+    """Whether blocks are recomputed in the backward pass."""
     device_tflops: float = 0.2
     """Rate of the model's matmuls on one device, in 10^12 operations per second."""
     attention_tflops: float | None = None
     """Rate of its attention, in 10^12 operations per second; left out: that of the matmuls."""
     device_bandwidth: float = 25.0
     """Rate of one device's memory, in 10^9 bytes per second."""
+    node_bandwidth: float = 450.0
+    """From one device to the others of its node, in 10^9 bytes per second."""
+    network_bandwidth: float = 400.0
+    """From one node to the others, over all of its adapters, in 10^9 bytes per second."""
+    overlap: float = 0.9
+    """Share of forward and backward pass behind which devices can send."""
     efficiency: float = 0.9
     """Predicted over measured time: stands for all that the model leaves out (benchmarks/step.md)."""
 
@@ -104,7 +121,9 @@ def bench_command(arguments: Sequence[str]) -> int:
     return kinds[arguments[0]](arguments[1:])
 
 
-def _config(arguments: BenchArguments, batch_size: int, compiled: bool = False) -> ResolvedConfig:
+def _config(
+    arguments: BenchArguments, batch_size: int, more: Mapping[str, Any] | None = None
+) -> ResolvedConfig:
     for name, value in (
         ("batch-size", arguments.batch_size),
         ("repetitions", arguments.repetitions),
@@ -115,8 +134,8 @@ def _config(arguments: BenchArguments, batch_size: int, compiled: bool = False) 
     settings = {
         "model.size": arguments.model.size,
         "training.batch_size": batch_size,
-        "training.compile": compiled,
         "training.trackers": (),
+        **(more or {}),
     }
     return resolve(recipe(arguments.recipe, settings), channels, (height, width), 1000)
 
@@ -146,7 +165,7 @@ def _step(words: Sequence[str]) -> int:
     from selfalign.benchmark.measure import time_step
     from selfalign.processes import open_accelerator
 
-    config = _config(parsed, parsed.batch_size, parsed.compile)
+    config = _config(parsed, parsed.batch_size, {"training.compile": parsed.compile})
     timing = time_step(config, parsed.repetitions)
     limit = measure_limit(config, open_accelerator().device)
     cost = step_cost(config, parsed.batch_size)
@@ -217,17 +236,34 @@ def _estimate(words: Sequence[str]) -> int:
         "XL/2 --recipe sra-dts-as --data.shape 4 64 64 --batch-size 256 --devices 8 --device-tflops 300 "
         "--device-bandwidth 2000 --efficiency 0.4",
     )
-    if parsed.batch_size % max(1, parsed.devices):
-        raise UserError(
-            f"--batch-size is {parsed.batch_size}: must be a multiple of --devices {parsed.devices}"
-        )
-    for name in ("devices", "device_tflops", "attention_tflops", "device_bandwidth", "efficiency"):
+    for name in (
+        *("devices", "nodes", "gradient_accumulation", "device_tflops", "attention_tflops"),
+        *("device_bandwidth", "node_bandwidth", "network_bandwidth", "efficiency"),
+    ):
         if (value := getattr(parsed, name)) is not None and not 0 < value < math.inf:
             option = name.replace("_", "-")
             raise UserError(f"--{option} is {value}: allowed is a finite number above 0")
-    from selfalign.benchmark.cost import Rates, step_cost
+    if not 0 <= parsed.overlap <= 1:
+        raise UserError(f"--overlap is {parsed.overlap}: allowed is a share from 0 to 1")
+    if parsed.devices % parsed.nodes:
+        raise UserError(
+            f"--devices is {parsed.devices}: must be a multiple of --nodes {parsed.nodes}"
+        )
+    shares = parsed.devices * parsed.gradient_accumulation
+    if parsed.batch_size % shares:
+        raise UserError(
+            f"--batch-size is {parsed.batch_size}: must be a multiple of --devices {parsed.devices}"
+            + f" × --gradient-accumulation {parsed.gradient_accumulation}"
+            * (shares > parsed.devices)
+        )
+    from selfalign.benchmark.cluster import Cluster, cluster_cost
+    from selfalign.benchmark.cost import FLOAT_BYTES, Rates, step_cost
 
-    config = _config(parsed, parsed.batch_size)
+    config = _config(
+        parsed,
+        parsed.batch_size,
+        {"model.gradient_checkpointing": parsed.gradient_checkpointing},
+    )
     cost = step_cost(config, parsed.batch_size // parsed.devices)
     rates = Rates(
         matmuls=parsed.device_tflops * 1e12,
@@ -235,12 +271,33 @@ def _estimate(words: Sequence[str]) -> int:
         elementwise=parsed.device_bandwidth * 1e9,
         memory=parsed.device_bandwidth * 1e9,
     )
-    seconds = cost.seconds(rates)
+    number_bytes = FLOAT_BYTES if parsed.precision == "fp32" else 2
+    cluster = Cluster(
+        devices=parsed.devices,
+        nodes=parsed.nodes,
+        sharding=parsed.sharding,
+        weight_bytes=number_bytes,
+        node_bandwidth=parsed.node_bandwidth * 1e9,
+        network_bandwidth=parsed.network_bandwidth * 1e9,
+        overlap=parsed.overlap,
+    )
+    # As if arithmetic took longer: what is sent then hides behind more of it.
+    real = dataclasses.replace(
+        rates,
+        **{
+            field.name: getattr(rates, field.name) * parsed.efficiency
+            for field in dataclasses.fields(rates)
+        },
+    )
+    found = cluster_cost(cost, real, cluster, config.depth, parsed.gradient_accumulation)
+    activations = cost.activation_bytes * number_bytes / FLOAT_BYTES
     _show(
         parsed.json,
         {
             **_what(parsed),
             "devices": parsed.devices,
+            "nodes": parsed.nodes,
+            "sharding": parsed.sharding,
             "parameters": cost.parameters,
             "flops_per_step": cost.flops * parsed.devices,
             "flops_by_part": {
@@ -249,9 +306,15 @@ def _estimate(words: Sequence[str]) -> int:
                 "backward": cost.backward * parsed.devices,
                 "of these, attention": cost.attention * parsed.devices,
             },
-            "state_gib_per_device": cost.state_bytes / 2**30,
-            "activation_gib_per_device": cost.activation_bytes / 2**30,
-            "seconds_per_step": seconds / parsed.efficiency,
+            "state_gib_per_device": found.state_bytes / 2**30,
+            "activation_gib_per_device": activations / parsed.gradient_accumulation / 2**30,
+            "sent_gib_per_device": {
+                "weights": found.gather_bytes / 2**30,
+                "gradients": found.reduce_bytes / 2**30,
+            },
+            "communication_seconds": found.communication_seconds,
+            "exposed_communication_seconds": found.exposed_seconds,
+            "seconds_per_step": found.seconds,
         },
     )
     return 0

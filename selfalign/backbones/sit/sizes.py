@@ -1,4 +1,4 @@
-"""Transformer sizes: named ones (SiT, Table 1; `tiny` is ours, for CPUs), and others by their numbers."""
+"""Transformer sizes: named (SiT, Table 1; `tiny` and those named by parameters are ours), or by numbers."""
 
 import re
 from dataclasses import dataclass
@@ -22,6 +22,9 @@ SIZES: dict[str, Size] = {
     "B": Size(hidden_size=768, depth=12, heads=12),
     "L": Size(hidden_size=1024, depth=24, heads=16),
     "XL": Size(hidden_size=1152, depth=28, heads=16),
+    "2B": Size(hidden_size=1792, depth=36, heads=28),
+    "5B": Size(hidden_size=2560, depth=42, heads=40),
+    "10B": Size(hidden_size=3328, depth=50, heads=52),
 }
 
 

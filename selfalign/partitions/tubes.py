@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Tubes(Partition):
     """Tokens at one place of all frames are together (VideoMAE, arXiv:2203.12602), and groups take whole
-    tubes at random; in an image a tube is a column.
+    tubes at random; in an image a tube is a column, and a signal is one tube, split in time.
 
     Where a group's size is no multiple of a tube, the last tube it takes is shared with the next group.
     """

@@ -14,7 +14,8 @@ from torch import Tensor
 import selfalign
 from selfalign.config import ResolvedConfig, override, resolve
 from selfalign.data.datasets import open_data
-from selfalign.data.source import DataSource, as_pictures
+from selfalign.data.shapes import as_pictures
+from selfalign.data.source import DataSource
 from selfalign.errors import UserError
 from selfalign.network import Backbone
 from selfalign.runs.data import check_data, open_recorded

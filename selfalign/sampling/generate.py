@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from selfalign.data.source import as_pictures
+from selfalign.data.shapes import as_pictures
 from selfalign.errors import UserError
 from selfalign.flow import PATHS
 from selfalign.memory import keep_freed_memory

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from selfalign.data.source import as_pictures
+from selfalign.data.shapes import as_pictures
 from selfalign.disk import write_whole
 from selfalign.sampling.pictures import draw_grids, save, shown, tile
 

@@ -12,7 +12,7 @@ from PIL import Image
 from selfalign import UserError, recipe
 from selfalign.cli import main
 from selfalign.data.datasets import open_data
-from selfalign.data.source import as_pictures, picture_shape
+from selfalign.data.shapes import as_pictures, picture_shape
 from selfalign.runs.load import load_run
 from selfalign.runs.start import start_run
 from selfalign.sections import DataConfig

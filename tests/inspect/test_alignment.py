@@ -1,9 +1,9 @@
 """Alignment of student and teacher."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
-import small_encoder  # noqa: F401 – registers its encoder
 import torch
 from support import RECIPE_NAMES, randomize, resolved
 
@@ -11,6 +11,7 @@ from selfalign import UserError, build_student
 from selfalign.data.source import MemorySplit
 from selfalign.inspect.alignment import alignment, alike, logged
 from selfalign.objective import Objective
+from selfalign.parts import load_plugin
 from selfalign.randomness import make_generator
 
 SPLIT = MemorySplit(
@@ -41,9 +42,11 @@ def test_every_recipe(name):
     assert (found.loss is None) == (name == "sit")
 
 
+@pytest.mark.usefixtures("forget_parts")
 @pytest.mark.parametrize("name", ["repa", "irepa-dts-as", "layersync", "sra2-dts-as"])
 def test_neighbours(name):
     """Encoders see the held-out images themselves, of which no features are stored."""
+    load_plugin(str(Path(__file__).parent.parent / "small_encoder.py"))
     config = resolved(
         name,
         {

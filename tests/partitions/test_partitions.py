@@ -61,6 +61,8 @@ class TestOrder:
         assert torch.equal(order.sort(dim=1).values, torch.arange(tokens).expand(16, -1))
 
     def test_is_a_function_of_the_generator(self, partition, shape, groups):
+        if isinstance(partition, Tubes) and len(shape) == 1:
+            pytest.skip("a signal is one tube, which is split in time")
         sizes = self.sizes(shape, groups)
         first = order_of(partition, shape, sizes)
         torch.manual_seed(99)  # the global generator has no say

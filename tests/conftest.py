@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from reading import chromium
@@ -27,6 +28,10 @@ SMALL = {
     "training.trackers": (),
 }
 """A run of a few seconds: digits, 16 tokens."""
+
+# How long an example takes is the machine's business.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)

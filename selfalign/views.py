@@ -15,7 +15,7 @@ from torch import Tensor
 from selfalign.config import ResolvedConfig, RunConfig, whole_images
 from selfalign.flow import PATHS, Path, TimestepDistribution
 from selfalign.network import Backbone
-from selfalign.partitions import Scene
+from selfalign.partitions import Ungrouped
 from selfalign.sections import ViewsConfig
 from selfalign.tokens import Passing, TokenGrid, TokenGroups, group_sizes, without_padding
 
@@ -80,8 +80,8 @@ def draw_views(
     order = None
     if groups > 1:
         sizes, path = group_sizes(grouping.mask_ratios, grid.num_tokens), PATHS[config.flow.path]
-        scene = Scene(grid, sizes, count, generator, x0, noise, path, teacher, condition)
-        order = config.partition_of(grouping).split(scene)
+        whole = Ungrouped(grid, sizes, count, generator, x0, noise, path, teacher, condition)
+        order = config.partition_of(grouping).order(whole)
     for _ in range(1, groups):
         timesteps.append(config.schedule.timesteps(timesteps, next_timesteps))
         interval.append(uniform())

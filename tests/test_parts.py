@@ -18,7 +18,7 @@ from selfalign import (
     recipe,
 )
 from selfalign.config import config_from_dict, config_to_dict
-from selfalign.partitions import Partition
+from selfalign.partitions import Partition, Ungrouped
 from selfalign.partitions.random import Random
 from selfalign.parts import PartSettings, register
 from selfalign.schedules import Schedule
@@ -29,7 +29,7 @@ PLUGIN = '''
 from dataclasses import dataclass
 
 from selfalign import register
-from selfalign.partitions import Partition
+from selfalign.partitions import Partition, Ungrouped
 
 
 @register("{name}")
@@ -46,11 +46,11 @@ class Halves(Partition):
         """Limits."""
         self.require_number("shift", 0, 10, "a number from 0 to 10")
 
-    def order(self, grid, sizes, batch, generator, x0):
+    def order(self, batch):
         """In image order."""
         import torch
 
-        return torch.arange(grid.num_tokens).roll(self.shift).expand(batch, -1)
+        return torch.arange(batch.grid.num_tokens).roll(self.shift).expand(batch.samples, -1)
 '''
 GROUPS = {"views.mask_ratios": (0.5, 0.5)}
 
@@ -176,7 +176,7 @@ class TestPlugins:
         assert "halves" in parts.names("partition")
         assert (tree.partition.shift, tree.partition.side) == (3, "first")
         order = tree.partition.order(
-            TokenGrid((2, 4), 1), (4, 4), 2, make_generator(0, "order"), None
+            Ungrouped(TokenGrid((2, 4), 1), (4, 4), 2, make_generator(0, "order"))
         )
         assert order.tolist() == [[5, 6, 7, 0, 1, 2, 3, 4]] * 2
 

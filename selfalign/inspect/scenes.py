@@ -13,6 +13,7 @@ from selfalign.errors import UserError
 from selfalign.evaluation.estimate import Estimate
 from selfalign.flow import PATHS, Path
 from selfalign.network import Backbone
+from selfalign.partitions import Ungrouped
 from selfalign.randomness import make_generator
 from selfalign.tokens import TokenGroups, group_sizes
 from selfalign.views import View, noised
@@ -65,8 +66,8 @@ def make_scene(
 ) -> Scene:
     """Images of a split in two groups, as the config's partition has them.
 
-    A recipe of one group is shown two random ones of the paper's shares; of more than two, all but the
-    first count as one.
+    Partitions that ask a teacher are random here. A recipe of one group is shown two random ones of the
+    paper's shares; of more than two, all but the first count as one.
 
     Args:
         config: a resolved tree.
@@ -88,11 +89,13 @@ def make_scene(
             "groups need at least one each"
         )
     partition = config.partition if several else config.partitions["random"]
-    order = partition.order(grid, sizes, len(x0), make_generator(SEED, f"{purpose} order"), x0)
-    groups = TokenGroups(order, sizes, separate=several and config.views.attention == "separated")
+    path = PATHS[config.flow.path]
     noise = torch.randn(x0.shape, generator=make_generator(SEED, f"{purpose} noise"))
+    generator = make_generator(SEED, f"{purpose} order")
+    order = partition.order(Ungrouped(grid, sizes, len(x0), generator, x0, noise, path))
+    groups = TokenGroups(order, sizes, separate=several and config.views.attention == "separated")
     clean, noise = (groups.sort(grid.patchify(part)) for part in (x0, noise))
-    return Scene(clean, noise, labels, groups, PATHS[config.flow.path])
+    return Scene(clean, noise, labels, groups, path)
 
 
 def read_images(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from selfalign.parts import Part
 
 if TYPE_CHECKING:
+    import torch
     from jaxtyping import Float, Int
     from torch import Generator, Tensor
 
@@ -18,25 +19,37 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What there is to look at when a batch is split."""
+class Ungrouped:
+    """A batch whose tokens are not in groups yet: all that a partition may look at."""
 
     grid: TokenGrid
     sizes: tuple[int, ...]
     """Tokens of each group."""
-    batch: int
-    """Samples B."""
+    samples: int
+    """Samples B of the batch."""
     generator: Generator
     """The step's."""
-    x0: Float[Tensor, "B C *sides"] | None
+    x0: Float[Tensor, "B C *sides"] | None = None
     """The clean samples; None where only shapes are known."""
-    noise: Float[Tensor, "B C *sides"]
+    noise: Float[Tensor, "B C *sides"] | None = None
     """The step's."""
-    path: Path
+    path: Path | None = None
+    """From data to noise."""
     teacher: Backbone | None = None
     """The EMA model; None where there is none, as where a batch is only shown."""
     condition: Any = None
     """Of every sample, for the teacher."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the order is made."""
+        return self.generator.device
+
+    def uniform(self, *shape: int) -> Float[Tensor, "B ..."]:
+        """Random numbers in [0, 1) for every sample."""
+        import torch
+
+        return torch.rand(self.samples, *shape, generator=self.generator, device=self.device)
 
     def teacher_features(self, tap: Tap, timestep: float) -> Float[Tensor, "B N D"] | None:
         """The teacher's features of the whole samples at one timestep, in image order; None without one."""
@@ -56,8 +69,8 @@ class Scene:
         if self.teacher is None or self.x0 is None:
             return None
         tokens, timesteps, groups = self._seen(timestep)
-        clean, noise = (self.grid.patchify(samples) for samples in (self.x0, self.noise))
-        target = self.path.velocity(clean, noise, timesteps[..., None])
+        clean, noise, path = self._ends()
+        target = path.velocity(clean, noise, timesteps[..., None])
         with torch.no_grad():
             velocity = self.teacher(tokens, timesteps, self.condition, groups).velocity
         return (velocity[..., : target.shape[2]] - target).square().mean(dim=2)
@@ -68,11 +81,15 @@ class Scene:
 
         from selfalign.tokens import one_group
 
-        assert self.x0 is not None
-        timesteps = torch.full((self.batch, 1), timestep, device=self.x0.device)
-        clean, noise = (self.grid.patchify(samples) for samples in (self.x0, self.noise))
-        tokens = self.path.interpolate(clean, noise, timesteps[..., None])
+        timesteps = torch.full((self.samples, 1), timestep, device=self.device)
+        clean, noise, path = self._ends()
+        tokens = path.interpolate(clean, noise, timesteps[..., None])
         return tokens, timesteps, one_group(self.grid.num_tokens)
+
+    def _ends(self) -> tuple[Float[Tensor, "B N P"], Float[Tensor, "B N P"], Path]:
+        """Clean tokens, noise, and the path between them."""
+        assert self.x0 is not None and self.noise is not None and self.path is not None
+        return self.grid.patchify(self.x0), self.grid.patchify(self.noise), self.path
 
 
 @dataclass(frozen=True)
@@ -89,28 +106,9 @@ class Partition(Part):
     """Whether the EMA teacher is run for it: a forward pass more in every step."""
 
     @abstractmethod
-    def order(
-        self,
-        grid: TokenGrid,
-        sizes: tuple[int, ...],
-        batch: int,
-        generator: Generator,
-        x0: Float[Tensor, "B C *sides"] | None,
-    ) -> Int[Tensor, "B N"]:
-        """A permutation of each sample's tokens; group k is its k-th slice, of `sizes[k]` tokens.
+    def order(self, batch: Ungrouped) -> Int[Tensor, "B N"]:
+        """A permutation of each sample's tokens; group k is its k-th slice, of `batch.sizes[k]` tokens.
 
         Args:
-            grid: where the tokens lie.
-            sizes: tokens of each group.
-            batch: samples B.
-            generator: the step's; the order is on its device and nothing else draws.
-            x0: the clean samples, for partitions by content; None where only shapes are known.
+            batch: all there is to look at. The order is on its generator's device, and nothing else draws.
         """
-
-    def split(self, scene: Scene) -> Int[Tensor, "B N"]:
-        """The permutation, for partitions that look at more than places and clean samples.
-
-        Args:
-            scene: all there is to look at.
-        """
-        return self.order(scene.grid, scene.sizes, scene.batch, scene.generator, scene.x0)

@@ -9,10 +9,10 @@ from selfalign.partitions import Partition
 from selfalign.parts import register
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-    from torch import Generator, Tensor
+    from jaxtyping import Int
+    from torch import Tensor
 
-    from selfalign.tokens import TokenGrid
+    from selfalign.partitions import Ungrouped
 
 
 @register("blocks")
@@ -31,36 +31,30 @@ class Blocks(Partition):
         """Limits of the numbers."""
         self.require_number("largest_aspect", 1, 1e3, "a number from 1")
 
-    def order(
-        self,
-        grid: TokenGrid,
-        sizes: tuple[int, ...],
-        batch: int,
-        generator: Generator,
-        x0: Float[Tensor, "B C *sides"] | None,
-    ) -> Int[Tensor, "B N"]:
+    def order(self, batch: Ungrouped) -> Int[Tensor, "B N"]:
         """Each group takes the free tokens that are nearest to its rectangle's middle."""
         import torch
 
-        device = generator.device
-        places = grid.coordinates(device).float()
+        places = batch.grid.coordinates(batch.device).float()
         lengths = places.amax(dim=0) + 1
-        axes = len(grid.shape)
-        taken = torch.zeros(batch, grid.num_tokens, dtype=torch.bool, device=device)
+        axes, sizes = len(batch.grid.shape), batch.sizes
+        taken = torch.zeros(
+            batch.samples, batch.grid.num_tokens, dtype=torch.bool, device=batch.device
+        )
         groups = []
         for size in sizes[:-1]:
-            stretch = torch.rand(batch, axes, generator=generator, device=device) - 0.5
+            stretch = batch.uniform(axes) - 0.5
             stretch = self.largest_aspect ** (stretch - stretch.mean(dim=1, keepdim=True))
             sides = (size ** (1 / axes) * stretch).clamp(min=1).minimum(lengths)
             # What one side had to give up, the others take.
             sides = (sides * (size / sides.prod(dim=1, keepdim=True)) ** (1 / axes)).minimum(
                 lengths
             )
-            place = torch.rand(batch, axes, generator=generator, device=device)
+            place = batch.uniform(axes)
             middle = place * (lengths - sides) + (sides - 1) / 2
             beyond = ((places - middle[:, None]).abs() / sides[:, None]).amax(dim=2)
             # Equally far tokens are taken at random.
-            beyond += 1e-4 * torch.rand(beyond.shape, generator=generator, device=device)
+            beyond += 1e-4 * batch.uniform(batch.grid.num_tokens)
             chosen = beyond.masked_fill(taken, torch.inf).argsort(dim=1)[:, :size]
             taken = taken.scatter(1, chosen, True)
             groups.append(chosen)

@@ -9,10 +9,10 @@ from selfalign.partitions import Partition
 from selfalign.parts import register
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-    from torch import Generator, Tensor
+    from jaxtyping import Int
+    from torch import Tensor
 
-    from selfalign.tokens import TokenGrid
+    from selfalign.partitions import Ungrouped
 
 
 @register("checkerboard")
@@ -31,20 +31,12 @@ class Checkerboard(Partition):
         """Limits of the numbers."""
         self.require_number("field", 1, 1e6, "a number from 1")
 
-    def order(
-        self,
-        grid: TokenGrid,
-        sizes: tuple[int, ...],
-        batch: int,
-        generator: Generator,
-        x0: Float[Tensor, "B C *sides"] | None,
-    ) -> Int[Tensor, "B N"]:
+    def order(self, batch: Ungrouped) -> Int[Tensor, "B N"]:
         """Tokens by colour, and within a colour at random."""
         import torch
 
-        device, colours = generator.device, len(sizes)
-        first = torch.randint(colours, (batch, 1), generator=generator, device=device)
-        diagonal = (grid.coordinates(device) // self.field).sum(dim=1)
+        device, colours = batch.device, len(batch.sizes)
+        first = torch.randint(colours, (batch.samples, 1), generator=batch.generator, device=device)
+        diagonal = (batch.grid.coordinates(device) // self.field).sum(dim=1)
         colour = (diagonal + first) % colours
-        within = torch.rand(batch, grid.num_tokens, generator=generator, device=device)
-        return (colour + within).argsort(dim=1)
+        return (colour + batch.uniform(batch.grid.num_tokens)).argsort(dim=1)

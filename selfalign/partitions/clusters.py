@@ -11,10 +11,9 @@ from selfalign.parts import register
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-    from torch import Generator, Tensor
+    from torch import Tensor
 
-    from selfalign.partitions import Scene
-    from selfalign.tokens import TokenGrid
+    from selfalign.partitions import Ungrouped
 
 
 @register("clusters")
@@ -47,34 +46,17 @@ class Clusters(Partition):
         """The block must be there."""
         find_tap(self.block, config.depth, self.dotted("block"))
 
-    def order(
-        self,
-        grid: TokenGrid,
-        sizes: tuple[int, ...],
-        batch: int,
-        generator: Generator,
-        x0: Float[Tensor, "B C *sides"] | None,
-    ) -> Int[Tensor, "B N"]:
-        """Without a teacher's features: at random."""
-        import torch
-
-        device = generator.device
-        return torch.rand(batch, grid.num_tokens, generator=generator, device=device).argsort(dim=1)
-
-    def split(self, scene: Scene) -> Int[Tensor, "B N"]:
-        """Tokens by their cluster's random rank, and within a cluster at random."""
-        import torch
-
+    def order(self, batch: Ungrouped) -> Int[Tensor, "B N"]:
+        """Tokens by their cluster's random rank, and at random within it; without a teacher at random."""
         features = None
-        if scene.teacher is not None:
-            tap = find_tap(self.block, len(scene.teacher.blocks), self.dotted("block"))
-            features = scene.teacher_features(tap, self.timestep)
-        generator, device = scene.generator, scene.generator.device
-        tokens = scene.grid.num_tokens
+        if batch.teacher is not None:
+            tap = find_tap(self.block, len(batch.teacher.blocks), self.dotted("block"))
+            features = batch.teacher_features(tap, self.timestep)
+        tokens = batch.grid.num_tokens
         count = min(self.count, tokens)
-        within = torch.rand(scene.batch, tokens, generator=generator, device=device)
-        rank = torch.rand(scene.batch, count, generator=generator, device=device).argsort(dim=1)
-        seeds = torch.rand(scene.batch, tokens, generator=generator, device=device)
+        within = batch.uniform(tokens)
+        rank = batch.uniform(count).argsort(dim=1)
+        seeds = batch.uniform(tokens)
         if features is None:
             return within.argsort(dim=1)
         cluster = k_means(features.float(), seeds.argsort(dim=1)[:, :count], self.iterations)

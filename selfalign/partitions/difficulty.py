@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from selfalign.partitions import Scene
+    from selfalign.partitions import Ungrouped
 
 
 @register("difficulty")
@@ -30,6 +30,6 @@ class Difficulty(Ranked):
         super().check()
         self.require_number("timestep", 0, 1, "a timestep from 0 (clean) to 1 (noise)")
 
-    def scores(self, scene: Scene) -> Float[Tensor, "B N"] | None:
+    def scores(self, batch: Ungrouped) -> Float[Tensor, "B N"] | None:
         """The squared velocity error, on the step's own noise."""
-        return scene.teacher_errors(self.timestep)
+        return batch.teacher_errors(self.timestep)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from selfalign.partitions import Scene
+    from selfalign.partitions import Ungrouped
 
 
 @register("energy")
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 class Energy(Ranked):
     """Tokens that differ much from their sample's mean are apart from those that do not."""
 
-    def scores(self, scene: Scene) -> Float[Tensor, "B N"] | None:
+    def scores(self, batch: Ungrouped) -> Float[Tensor, "B N"] | None:
         """The mean square of a clean patch, less the sample's mean of every channel."""
-        if scene.x0 is None:
+        if batch.x0 is None:
             return None
-        sides = tuple(range(2, scene.x0.ndim))
-        centred = scene.x0 - scene.x0.mean(dim=sides, keepdim=True)
-        return scene.grid.patchify(centred).square().mean(dim=2)
+        sides = tuple(range(2, batch.x0.ndim))
+        centred = batch.x0 - batch.x0.mean(dim=sides, keepdim=True)
+        return batch.grid.patchify(centred).square().mean(dim=2)

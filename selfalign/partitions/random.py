@@ -9,10 +9,10 @@ from selfalign.partitions import Partition
 from selfalign.parts import register
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-    from torch import Generator, Tensor
+    from jaxtyping import Int
+    from torch import Tensor
 
-    from selfalign.tokens import TokenGrid
+    from selfalign.partitions import Ungrouped
 
 
 @register("random")
@@ -20,16 +20,6 @@ if TYPE_CHECKING:
 class Random(Partition):
     """Every token is as likely as any other to be in a group."""
 
-    def order(
-        self,
-        grid: TokenGrid,
-        sizes: tuple[int, ...],
-        batch: int,
-        generator: Generator,
-        x0: Float[Tensor, "B C *sides"] | None,
-    ) -> Int[Tensor, "B N"]:
+    def order(self, batch: Ungrouped) -> Int[Tensor, "B N"]:
         """A uniformly random permutation of each sample's tokens."""
-        import torch
-
-        device = generator.device
-        return torch.rand(batch, grid.num_tokens, generator=generator, device=device).argsort(dim=1)
+        return batch.uniform(batch.grid.num_tokens).argsort(dim=1)

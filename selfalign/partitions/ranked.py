@@ -10,10 +10,9 @@ from selfalign.partitions import Partition
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-    from torch import Generator, Tensor
+    from torch import Tensor
 
-    from selfalign.partitions import Scene
-    from selfalign.tokens import TokenGrid
+    from selfalign.partitions import Ungrouped
 
 TIES = 1e-6
 """Noise that decides between equal tokens, so that a constant score gives a random partition."""
@@ -33,33 +32,17 @@ class Ranked(Partition):
         self.require_number("temperature", 0, 1e6, "a number from 0")
 
     @abstractmethod
-    def scores(self, scene: Scene) -> Float[Tensor, "B N"] | None:
+    def scores(self, batch: Ungrouped) -> Float[Tensor, "B N"] | None:
         """A number per token, in image order; None where it cannot be known: the order is random then."""
 
-    def order(
-        self,
-        grid: TokenGrid,
-        sizes: tuple[int, ...],
-        batch: int,
-        generator: Generator,
-        x0: Float[Tensor, "B C *sides"] | None,
-    ) -> Int[Tensor, "B N"]:
-        """By ties alone: the scores need the scene."""
-        return self._ranking(None, grid, batch, generator)
-
-    def split(self, scene: Scene) -> Int[Tensor, "B N"]:
+    def order(self, batch: Ungrouped) -> Int[Tensor, "B N"]:
         """Tokens by score plus Gumbel noise: a Plackett-Luce draw, strict at temperature 0."""
-        return self._ranking(self.scores(scene), scene.grid, scene.batch, scene.generator)
-
-    def _ranking(
-        self, scores: Tensor | None, grid: TokenGrid, batch: int, generator: Generator
-    ) -> Int[Tensor, "B N"]:
         import torch
 
-        device = generator.device
+        scores = self.scores(batch)
         # Drawn in any case, so that what is drawn after it does not depend on the scores.
-        uniform = torch.rand(batch, grid.num_tokens, generator=generator, device=device)
-        coin = torch.rand(batch, 1, generator=generator, device=device) < 0.5
+        uniform = batch.uniform(batch.grid.num_tokens)
+        coin = batch.uniform(1) < 0.5
         if scores is None:
             return uniform.argsort(dim=1)
         scores = scores.float()

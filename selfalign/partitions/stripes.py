@@ -9,10 +9,10 @@ from selfalign.partitions import Partition
 from selfalign.parts import register
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-    from torch import Generator, Tensor
+    from jaxtyping import Int
+    from torch import Tensor
 
-    from selfalign.tokens import TokenGrid
+    from selfalign.partitions import Ungrouped
 
 
 @register("stripes")
@@ -33,20 +33,11 @@ class Stripes(Partition):
         self.require_number("axis", 0, 2, "0 (rows; frames of a video), 1 or 2")
         self.require_number("width", 1, 1e6, "a number from 1")
 
-    def order(
-        self,
-        grid: TokenGrid,
-        sizes: tuple[int, ...],
-        batch: int,
-        generator: Generator,
-        x0: Float[Tensor, "B C *sides"] | None,
-    ) -> Int[Tensor, "B N"]:
+    def order(self, batch: Ungrouped) -> Int[Tensor, "B N"]:
         """Tokens by their stripe's random rank, and within a stripe in image order."""
-        import torch
-
-        device = generator.device
+        grid = batch.grid
         axis = min(self.axis, len(grid.shape) - 1)
-        stripe = grid.coordinates(device)[:, axis] // self.width
+        stripe = grid.coordinates(batch.device)[:, axis] // self.width
         count = -(-grid.shape[axis] // self.width)
-        rank = torch.rand(batch, count, generator=generator, device=device).argsort(dim=1)
+        rank = batch.uniform(count).argsort(dim=1)
         return rank.argsort(dim=1)[:, stripe].argsort(dim=1, stable=True)

@@ -9,10 +9,10 @@ from selfalign.partitions import Partition
 from selfalign.parts import register
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-    from torch import Generator, Tensor
+    from jaxtyping import Int
+    from torch import Tensor
 
-    from selfalign.tokens import TokenGrid
+    from selfalign.partitions import Ungrouped
 
 
 @register("tubes")
@@ -24,17 +24,8 @@ class Tubes(Partition):
     Where a group's size is no multiple of a tube, the last tube it takes is shared with the next group.
     """
 
-    def order(
-        self,
-        grid: TokenGrid,
-        sizes: tuple[int, ...],
-        batch: int,
-        generator: Generator,
-        x0: Float[Tensor, "B C *sides"] | None,
-    ) -> Int[Tensor, "B N"]:
+    def order(self, batch: Ungrouped) -> Int[Tensor, "B N"]:
         """Tokens by their tube's random rank, and within a tube by time."""
-        import torch
-
-        device, tubes = generator.device, grid.num_tokens // grid.shape[0]
-        rank = torch.rand(batch, tubes, generator=generator, device=device)
-        return rank.repeat(1, grid.shape[0]).argsort(dim=1, stable=True)
+        frames = batch.grid.shape[0]
+        rank = batch.uniform(batch.grid.num_tokens // frames)
+        return rank.repeat(1, frames).argsort(dim=1, stable=True)

@@ -31,6 +31,7 @@ from selfalign.training.checkpoint import (
     checkpoints,
     choose_checkpoint,
     is_monitored,
+    prune,
     rewind,
     step_of,
     weights_file,
@@ -157,6 +158,8 @@ def resume_run(
                 write_config(folder, resolved, source)
                 if step is not None and checkpoint is not None:
                     rewind(folder / CHECKPOINTS, checkpoint)
+                if checkpoint is not None:  # what an earlier process did not come to
+                    prune(checkpoint, resolved.training.keep_checkpoints)
         return train(state, _monitors(config, monitors), progress)
 
 

@@ -151,9 +151,20 @@ def save_checkpoint(
         why = reason(error, folder, needed)
         sweep(folder)
         raise UserError(f"checkpoint {target} cannot be written: {why}") from error
-    for old in checkpoints(folder)[:-keep]:
-        _drop(old)
+    prune(target, keep)
     return target
+
+
+def prune(newest: Path, keep: int) -> None:
+    """Drop the checkpoints before one, but for as many as stay, and what was dropped in part.
+
+    Args:
+        newest: a checkpoint; what came after it is not looked at.
+        keep: how many stay, this one included.
+    """
+    sweep(newest.parent)
+    for old in [c for c in checkpoints(newest.parent) if step_of(c) <= step_of(newest)][:-keep]:
+        _drop(old)
 
 
 def require_room_for_checkpoint(folder: Path, *models: nn.Module) -> None:

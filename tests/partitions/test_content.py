@@ -9,7 +9,7 @@ from support import clean_images, resolved, small_model, timestep_of_token
 
 from selfalign import TokenGrid, draw_views, make_generator
 from selfalign.flow import PATHS
-from selfalign.partitions import Scene
+from selfalign.partitions import Ungrouped
 from selfalign.partitions.clusters import Clusters, k_means
 from selfalign.partitions.difficulty import Difficulty
 from selfalign.partitions.energy import Energy
@@ -28,7 +28,9 @@ def scene_of(batch=16, sizes=(4, 12), seed=0, teacher=None):
     generator = make_generator(seed, "views")
     condition = torch.zeros(batch, dtype=torch.int64)
     path = PATHS["linear"]
-    return Scene(TokenGrid((4, 4), 1), sizes, batch, generator, x0, noise, path, teacher, condition)
+    return Ungrouped(
+        TokenGrid((4, 4), 1), sizes, batch, generator, x0, noise, path, teacher, condition
+    )
 
 
 def teacher_of(**settings):
@@ -44,24 +46,24 @@ class TestEnergy:
 
     @pytest.mark.parametrize(("first", "row"), [("high", True), ("low", False)])
     def test_loud_tokens_are_first_or_last(self, first, row):
-        order = Energy(first=first, temperature=0.0).split(scene_of())
+        order = Energy(first=first, temperature=0.0).order(scene_of())
         place = order[:, :4] if row else order[:, -4:]
         assert torch.equal(place.sort(dim=1).values, torch.arange(4).expand(16, -1))
 
     def test_either_end_may_be_first(self):
-        order = Energy(temperature=0.0).split(scene_of(batch=200))
+        order = Energy(temperature=0.0).order(scene_of(batch=200))
         loud_first = (order[:, :4] < 4).all(dim=1).float().mean()
         assert 0.35 < loud_first < 0.65
         assert ((order[:, :4] < 4).all(dim=1) | (order[:, -4:] < 4).all(dim=1)).all()
 
     def test_a_high_temperature_is_random(self):
-        order = Energy(first="high", temperature=1e5).split(scene_of(batch=4000))
+        order = Energy(first="high", temperature=1e5).order(scene_of(batch=4000))
         share = (order[:, :4] < 4).float().mean().item()
         assert abs(share - 0.25) < 0.03
 
     def test_equal_tokens_are_split_at_random(self):
         scene = replace(scene_of(batch=4000), x0=torch.zeros(4000, 2, 4, 4))
-        order = Energy(temperature=0.0).split(scene)
+        order = Energy(temperature=0.0).order(scene)
         share = torch.stack([(order[:, :4] == k).any(dim=1).float().mean() for k in range(16)])
         assert (share - 0.25).abs().max() < 4 * (0.25 * 0.75 / 4000) ** 0.5
 
@@ -86,13 +88,13 @@ class TestTeacher:
     def test_hard_tokens_are_first(self):
         scene = scene_of(teacher=teacher_of())
         errors = scene.teacher_errors(0.5)
-        order = Difficulty(first="high", temperature=0.0).split(scene)
+        order = Difficulty(first="high", temperature=0.0).order(scene)
         ranked = errors.gather(1, order)
         assert (ranked[:, :-1] >= ranked[:, 1:]).all()
 
     @pytest.mark.parametrize("partition", [Difficulty(), Clusters()], ids=repr)
     def test_without_a_teacher_the_order_is_random(self, partition):
-        order = partition.split(scene_of(batch=4000))
+        order = partition.order(scene_of(batch=4000))
         share = torch.stack([(order[:, :4] == k).any(dim=1).float().mean() for k in range(16)])
         assert (share - 0.25).abs().max() < 4 * (0.25 * 0.75 / 4000) ** 0.5
 
@@ -116,7 +118,7 @@ class TestClusters:
     def test_a_group_holds_whole_clusters_but_for_one(self):
         scene = scene_of(batch=64, sizes=(8, 8), teacher=teacher_of())
         seen = {}
-        original = Scene.teacher_features
+        original = Ungrouped.teacher_features
 
         def kept(self, tap, timestep):
             seen["features"] = original(self, tap, timestep)
@@ -124,8 +126,8 @@ class TestClusters:
 
         clusters = Clusters(count=4)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Scene, "teacher_features", kept)
-            order = clusters.split(scene)
+            patch.setattr(Ungrouped, "teacher_features", kept)
+            order = clusters.order(scene)
         again = replace(scene, generator=make_generator(0, "views"))
         torch.rand(64, 16, generator=again.generator)
         torch.rand(64, 4, generator=again.generator)
@@ -136,7 +138,7 @@ class TestClusters:
         assert torch.equal(runs, kinds), "tokens of a cluster stand together"
 
     def test_more_clusters_than_tokens_are_as_many_as_tokens(self):
-        order = Clusters(count=99).split(scene_of(teacher=teacher_of()))
+        order = Clusters(count=99).order(scene_of(teacher=teacher_of()))
         assert torch.equal(order.sort(dim=1).values, torch.arange(16).expand(16, -1))
 
 

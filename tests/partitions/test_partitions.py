@@ -10,6 +10,7 @@ from scipy import stats
 from support import resolved, timestep_of_token
 
 from selfalign import TokenGrid, UserError, draw_views, make_generator, parts
+from selfalign.partitions import Ungrouped
 from selfalign.partitions.blocks import Blocks
 from selfalign.partitions.checkerboard import Checkerboard
 from selfalign.partitions.random import Random
@@ -37,7 +38,7 @@ SETTINGS = [
 
 def order_of(partition, shape, sizes, batch=16, seed=0):
     generator = make_generator(seed, "partition")
-    return partition.order(TokenGrid(shape, 1), sizes, batch, generator, None)
+    return partition.order(Ungrouped(TokenGrid(shape, 1), sizes, batch, generator))
 
 
 def test_these_are_all():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from selfalign import TokenGrid, make_generator
+from selfalign.partitions import Ungrouped
 from selfalign.partitions.blocks import Blocks
 from selfalign.partitions.checkerboard import Checkerboard
 from selfalign.partitions.random import Random
@@ -16,7 +17,7 @@ from selfalign.partitions.tubes import Tubes
 def group_of_token(partition, shape, sizes, batch=200, seed=0):
     """(B, *shape): which group every token is in."""
     grid = TokenGrid(shape, 1)
-    order = partition.order(grid, sizes, batch, make_generator(seed, "partition"), None)
+    order = partition.order(Ungrouped(grid, sizes, batch, make_generator(seed, "partition")))
     numbers = torch.cat([torch.full((size,), k) for k, size in enumerate(sizes)])
     groups = torch.empty_like(order).scatter(1, order, numbers.expand(batch, -1))
     return groups.reshape(batch, *shape)

@@ -15,10 +15,10 @@ def random_image(seed: int, width: int = 40, height: int = 36) -> Image.Image:
     return Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def make_images(root: Path, count: int) -> Path:
+def make_images(root: Path, count: int, side: int = 8) -> Path:
     """A folder of two classes with `count` images each."""
     for label, name in enumerate(("a", "b")):
         (root / name).mkdir(parents=True)
         for i in range(count):
-            random_image(100 * label + i, 8, 8).save(root / name / f"{i:03d}.png")
+            random_image(100 * label + i, side, side).save(root / name / f"{i:03d}.png")
     return root

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
+from support import randomize, small_model
 from torch import nn
 
 from selfalign import SiT
-from selfalign.heads import ProjectionHead
 
 HEADS = 2
 
@@ -22,14 +22,10 @@ def network(seed: int = 0, **changes: Any) -> SiT:
         "heads": HEADS,
         "num_classes": 5,
     }
-    with_head = changes.pop("projection_head", False)
-    model = SiT(**(settings | changes))
-    if with_head:
-        model.add_head("ap_head", ProjectionHead(model.hidden_size), tap=1)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    settings |= changes
+    head = 1 if settings.pop("projection_head", False) else None
+    model = small_model(seed, torch.float32, head_after=head, **settings)
+    randomize(model, seed, std=0.1)
     return model.eval()
 
 

@@ -102,9 +102,6 @@ class Partition(Part):
 
     kind: ClassVar[str] = "partition"
 
-    asks_teacher: ClassVar[bool] = False
-    """Whether the EMA teacher is run for it: a forward pass more in every step."""
-
     @abstractmethod
     def order(self, batch: Ungrouped) -> Int[Tensor, "B N"]:
         """A permutation of each sample's tokens; group k is its k-th slice, of `batch.sizes[k]` tokens.

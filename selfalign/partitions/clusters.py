@@ -24,8 +24,6 @@ class Clusters(Partition):
     Where a group's size is no sum of clusters, the last cluster it takes is shared with the next group.
     """
 
-    asks_teacher = True
-
     count: int = 4
     """Clusters of a sample; at most its tokens."""
     iterations: int = 4

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 class Difficulty(Ranked):
     """Hard tokens are apart from easy ones, by the EMA teacher's denoising error of the whole sample."""
 
-    asks_teacher = True
-
     timestep: float = 0.5
     """At which the teacher sees the sample."""
 

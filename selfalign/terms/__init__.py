@@ -57,10 +57,7 @@ def _over_present(
     present = present[:, : features[0].shape[1]]
     held = [torch.where(present[..., None], values, 1.0) for values in features]
     weighed = zip(weights or [1.0] * len(groups.sizes), groups.slices, strict=False)
-    total, count = (
-        present.new_zeros((), dtype=held[0].dtype),
-        present.new_zeros((), dtype=held[0].dtype),
-    )
+    total = count = present.new_zeros((), dtype=held[0].dtype)
     for weight, part in weighed:
         found = loss(*(values[:, part] for values in held))
         there = present[:, part].sum(dim=1).to(found.dtype)

@@ -108,12 +108,9 @@ class TrainingStep:
         rank, device = self.accelerator.process_index, self.accelerator.device
         generator = make_generator(self.config.seed, "views", micro_step, rank, device=device)
         x0, labels, features = batch
-        views = self.views(step)
-        asks = self.config.partition_of(views).asks_teacher
-        teacher = (self.ema.model, labels) if asks else (None, None)
-        with self.accelerator.autocast() if asks else nullcontext():
-            draw = draw_views(self.config, x0, generator, views, *teacher)
         with self.accelerator.autocast():
+            # Some partitions run the teacher.
+            draw = draw_views(self.config, x0, generator, self.views(step), self.ema.model, labels)
             return self.objective(self._model, self.ema.model, x0, labels, draw, step, features)
 
     def views(self, step: int) -> ViewsConfig:

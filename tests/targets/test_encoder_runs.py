@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import SMALL
 from PIL import Image
-from small_images import FASHION_MNIST, random_image
+from small_images import FASHION_MNIST, make_images
 from support import assert_same_run
 
 from selfalign import UserError, override, recipe
@@ -36,12 +36,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def colours(tmp_path: Path) -> Path:
     """Two classes of ten colour images of 32×32 pixels."""
-    root = tmp_path / "images"
-    for label, name in enumerate(("a", "b")):
-        (root / name).mkdir(parents=True)
-        for index in range(10):
-            random_image(100 * label + index, 32, 32).save(root / name / f"{index}.png")
-    return root
+    return make_images(tmp_path / "images", 10, side=32)
 
 
 def resumed_halfway(config, folder: Path) -> None:

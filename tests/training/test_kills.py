@@ -146,6 +146,21 @@ def test_killed_between_any_two_changes_of_the_disk(
     assert call > 90
 
 
+def test_what_the_last_process_did_not_drop_is_dropped(
+    tmp_path: Path, whole: tuple[RunConfig, Path, float]
+) -> None:
+    """A process that dies between its last checkpoint and the dropping of old ones."""
+    config, expected, _ = whole
+    folder = tmp_path / "run"
+    shutil.copytree(expected, folder)
+    place = folder / "checkpoints"
+    shutil.copytree(place / "step_00000005", place / "step_00000004")
+    shutil.copytree(place / "step_00000005", place / ".step_00000003.dropped.partial")
+    (place / "monitored").unlink()
+    assert in_child(go_on, config, folder) == 0
+    assert_whole(folder, expected)
+
+
 def test_what_is_compared(whole: tuple[RunConfig, Path, float]) -> None:
     _, expected, _ = whole
     kept = checkpoint.checkpoints(expected / "checkpoints")

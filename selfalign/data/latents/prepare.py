@@ -99,14 +99,21 @@ def _images(
     progress: Progress,
 ) -> Manifest:
     """The set itself, which may be finished already."""
-    if (out / MANIFEST).exists():
-        manifest = read_manifest(out)
-        require_same(manifest.layout, layout, out / MANIFEST)
-        _clean(out)
-        progress(layout.images, layout.images)
-        return manifest
+    if (done := _finished(out, layout, progress)) is not None:
+        return done
     _begin(out, layout, autoencoder)
     return _finish(out, source, layout, write_shards(out, source, config, layout, progress))
+
+
+def _finished(folder: Path, layout: Layout, progress: Progress) -> Manifest | None:
+    """The manifest of a folder that holds all of this already; None of others."""
+    if not (folder / MANIFEST).exists():
+        return None
+    manifest = read_manifest(folder)
+    require_same(manifest.layout, layout, folder / MANIFEST)
+    _clean(folder)
+    progress(layout.images, layout.images)
+    return manifest
 
 
 def _features(
@@ -155,12 +162,8 @@ def write_features(
         word, open_encoder(word, config.image_size), source, config, name, fingerprint
     )
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / MANIFEST).exists():
-        manifest = read_manifest(folder)
-        require_same(manifest.layout, layout, folder / MANIFEST)
-        _clean(folder)
-        progress(layout.images, layout.images)
-        return manifest
+    if (done := _finished(folder, layout, progress)) is not None:
+        return done
     _begin(folder, layout, None)
     shards = write_shards(folder, source, config, layout, progress)
     manifest = Manifest(layout, tuple(shards), "", (), {}, "xxh3_64")

@@ -52,6 +52,7 @@ REFERENCE = {
         "selfalign.interop.released",
         "selfalign.interop.imported",
         "selfalign.interop.export",
+        "selfalign.card",
         "selfalign.interop.card",
         "selfalign.training.starting",
     ),

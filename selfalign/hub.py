@@ -3,9 +3,14 @@
 import contextlib
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
+from selfalign.errors import UserError
+
 T = TypeVar("T")
+PREFIX = "hub:"
+ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 _SECONDS = 10
 """How long the hub may take to answer at all."""
 
@@ -26,6 +31,44 @@ def from_hub(fetch: Callable[[bool], T]) -> T:
         return fetch(True)
     _ask()
     return fetch(False)
+
+
+def fetch_weights(name: str) -> Path:
+    """The local copy of `hub:OWNER/NAME[:FILE]`; a name without that prefix is a path already.
+
+    Raises:
+        UserError: there is no such repository or file, or it has to be
+            said which.
+    """
+    if not name.startswith(PREFIX):
+        return Path(name)
+    repository, _, file = name.removeprefix(PREFIX).partition(":")
+    if repository.count("/") != 1:
+        raise UserError(f"{name!r}: allowed is {PREFIX}OWNER/NAME, or {PREFIX}OWNER/NAME:FILE")
+    import huggingface_hub
+
+    try:
+        if not file:
+            _ask()
+            files = [f for f in huggingface_hub.list_repo_files(repository) if f.endswith(ENDINGS)]
+            if len(files) != 1:
+                raise UserError(
+                    f"{name} holds {', '.join(sorted(files)) or 'no weights'}: say which, as in "
+                    f"{PREFIX}{repository}:FILE"
+                )
+            (file,) = files
+        return Path(
+            from_hub(
+                lambda local: huggingface_hub.hf_hub_download(
+                    repository, file, local_files_only=local
+                )
+            )
+        )
+    except UserError:
+        raise
+    except Exception as error:  # the network, the hub, and what people may not see
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{name} cannot be fetched: {reason or type(error).__name__}") from error
 
 
 def use_cache_if_out_of_reach(*readers: Any) -> None:

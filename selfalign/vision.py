@@ -12,8 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from selfalign.encoders import parse_word
-from selfalign.encoders.images import NAME as IMAGES
+from selfalign.encoders import IMAGES, parse_word
 from selfalign.errors import UserError
 from selfalign.parts import get
 from selfalign.weights import weights_sha256

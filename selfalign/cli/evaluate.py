@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from selfalign.cli.console import console, make_bar, parse
+from selfalign.cli.console import console, importing, make_bar, parse
 from selfalign.cli.tree import options_of, restore
 from selfalign.errors import UserError
 from selfalign.evaluation.config import EvaluationConfig
@@ -80,8 +80,9 @@ def _sweep(arguments: Sequence[str]) -> list[list[str]]:
 
 def _require_weights(commands: Sequence[EvaluateArguments]) -> None:
     """Refuse a sweep of which a later part could not be done, before the first is."""
-    from selfalign.runs.folder import read_record
-    from selfalign.training.checkpoint import weights_file
+    with importing():
+        from selfalign.runs.folder import read_record
+        from selfalign.training.checkpoint import weights_file
 
     for command in commands:
         decays = read_record(command.subject).config.training.ema_decays
@@ -103,8 +104,9 @@ def _parse(arguments: Sequence[str]) -> EvaluateArguments:
 
 
 def _evaluate(parsed: EvaluateArguments, protocol: Sequence[str]) -> int:
-    from selfalign.evaluation.evaluate import evaluate
-    from selfalign.processes import open_accelerator, together
+    with importing():
+        from selfalign.evaluation.evaluate import evaluate
+        from selfalign.processes import open_accelerator, together
 
     accelerator = open_accelerator()
     if protocol and accelerator.is_main_process:

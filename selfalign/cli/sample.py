@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from selfalign.cli.console import MovedData, console, make_bar, parse
+from selfalign.cli.console import MovedData, console, importing, make_bar, parse
 from selfalign.cli.tree import options_of, restore
 from selfalign.errors import UserError
 from selfalign.sampling.settings import SamplingConfig
@@ -148,16 +148,17 @@ def _sample(parsed: SampleArguments, sampling: SamplingConfig) -> int:
     """Imports what takes time once the options have been read."""
     import math
 
-    import numpy as np
-    from torch import Tensor
+    with importing():
+        import numpy as np
+        from torch import Tensor
 
-    from selfalign.disk import require_no_folder, require_room, require_writable, write_arrays
-    from selfalign.memory import require_memory
-    from selfalign.processes import open_accelerator
-    from selfalign.records import write_json
-    from selfalign.runs.load import load_run, sampling_record
-    from selfalign.sampling.generate import LABEL_BYTES, check_sampling, generate
-    from selfalign.sampling.output import as_array, draw_set
+        from selfalign.disk import require_no_folder, require_room, require_writable, write_arrays
+        from selfalign.memory import require_memory
+        from selfalign.processes import open_accelerator
+        from selfalign.records import write_json
+        from selfalign.runs.load import load_run, sampling_record
+        from selfalign.sampling.generate import LABEL_BYTES, check_sampling, generate
+        from selfalign.sampling.output import as_array, draw_set
 
     labels: Any = parsed.labels
     device = open_accelerator().device

@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from selfalign.cli.console import MovedData, console, parse, shows_bars
+from selfalign.cli.console import MovedData, console, importing, parse, shows_bars
 from selfalign.cli.tree import build_tree, options_of
 from selfalign.config import OLDER_NAMES, RunConfig
 from selfalign.environment import is_first_process
@@ -103,7 +103,8 @@ def train_command(arguments: Sequence[str]) -> int:
             console.print(f"{target}: train it with selfalign train --config {target} --out DIR")
         if not trains:
             return 0
-        from selfalign.runs.start import start_run
+        with importing():
+            from selfalign.runs.start import start_run
 
         with _progress() as progress:
             state = start_run(config, parsed.out, progress, found=_found)
@@ -115,7 +116,8 @@ def train_command(arguments: Sequence[str]) -> int:
             "Go on with a run from its last checkpoint. "
             "Example: selfalign train --resume runs/digits --training.steps 2000",
         )
-        from selfalign.runs.start import resume_run
+        with importing():
+            from selfalign.runs.start import resume_run
 
         with _progress() as progress:
             going_on = resume_run(

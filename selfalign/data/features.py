@@ -14,8 +14,7 @@ from selfalign.data.latents.sources import Source
 from selfalign.data.latents.store import MANIFEST, features_folder
 from selfalign.data.source import DataSource, Features, MemorySplit, Split, SubsetSplit
 from selfalign.disk import cache_folder, locked
-from selfalign.encoders import parse_word
-from selfalign.encoders.images import NAME as IMAGES
+from selfalign.encoders import IMAGES, parse_word
 from selfalign.errors import UserError
 from selfalign.sections import DataConfig
 from selfalign.vision import encoder_sha256, open_encoder, probe

@@ -27,6 +27,8 @@ _WORD = re.compile(
     r"(?P<part>[a-z0-9-]+)(:(?P<model>[\w./-]+))?(#(?P<module>[\w.]+))?(@(?P<side>\d{1,9}))?(?P<class>\+class)?"
 )
 MAX_SIDE = 2**12
+IMAGES = "images"
+"""The word that stands for no network: the images themselves."""
 
 
 @dataclass(frozen=True)

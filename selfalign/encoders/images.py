@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from selfalign.encoders import Encoder, refuse_model
+from selfalign.encoders import IMAGES, Encoder, refuse_model
 from selfalign.parts import register
 
 if TYPE_CHECKING:
     from selfalign.vision import Vision
 
-NAME = "images"
 
-
-@register(NAME)
+@register(IMAGES)
 @dataclass(frozen=True)
 class Images(Encoder):
     """No network: `selfalign prepare --encoder images` keeps the images beside their latents."""
@@ -30,5 +28,5 @@ class Images(Encoder):
         from selfalign.vision import Vision
 
         if model:
-            raise refuse_model(self, model, NAME)
+            raise refuse_model(self, model, IMAGES)
         return Vision(nn.Identity(), (0.0,) * 3, (1.0,) * 3, side or image_side)

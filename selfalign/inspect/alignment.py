@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 
 from selfalign.config import ResolvedConfig
 from selfalign.data.source import Split
-from selfalign.encoders.images import NAME as ENCODED
+from selfalign.encoders import IMAGES as ENCODED
 from selfalign.errors import UserError
 from selfalign.evaluation.config import Progress
 from selfalign.evaluation.estimate import Estimate, from_independent

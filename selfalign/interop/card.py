@@ -1,46 +1,14 @@
-"""Model cards: what weights are, what they were trained on, how well they do, and how to load them."""
+"""What a model card says of a run."""
 
-import json
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import selfalign
 from selfalign.config import config_to_dict
 from selfalign.interop.imported import ORIGIN
 from selfalign.recipes import RECIPES, nearest_recipe
 from selfalign.records import read_plain
 from selfalign.runs.load import LoadedRun
 from selfalign.training.tracking import read_metrics
-
-SITE = "https://arxiv.org/abs/2607.02508"
-NOT_STATED = "not stated"
-LOADING = {
-    "hub": """```python
-from selfalign import SiT
-
-model = SiT.from_pretrained("{where}")  # t = 1 is noise; velocity(x, timesteps, labels) is dx/dt
-```""",
-    "diffusers": """```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{where}", trust_remote_code=True)
-images = pipeline({example}num_inference_steps=50).images
-```
-
-It needs torch and diffusers alone. `trust_remote_code` runs the two Python files
-of this folder: read them first.""",
-    "sit": """```python
-from models import SiT_models  # SiT's own code; its time runs the other way, as in these weights
-from safetensors.torch import load_file
-
-model = SiT_models["SiT-…"](input_size={side}, num_classes={classes})  # {size}
-model.load_state_dict(load_file("{where}/model.safetensors"))
-```
-
-The rows of the learned sigma, which SiT never uses, are zero.""",
-}
 
 
 def card_facts(run: LoadedRun, licence: str = "") -> dict[str, Any]:
@@ -65,53 +33,6 @@ def card_facts(run: LoadedRun, licence: str = "") -> dict[str, Any]:
         "licence": licence or str(origin.get("licence") or ""),
         "config": config_to_dict(config),
     }
-
-
-def model_card(
-    loading: str = "hub",
-    where: str = ".",
-    *,
-    recipe: str = NOT_STATED,
-    data: str = NOT_STATED,
-    steps: str = NOT_STATED,
-    metrics: Mapping[str, str] | None = None,
-    origin: Mapping[str, Any] | None = None,
-    licence: str = "",
-    config: Mapping[str, Any] | None = None,
-    **words: Any,
-) -> str:
-    """The text of README.md.
-
-    Args:
-        loading: a key of `LOADING`.
-        where: what the example loads from.
-        recipe, data, steps, metrics, origin, licence, config: from `card_facts`.
-        words: further ones of the example.
-    """
-    head = ["---", "library_name: selfalign", "tags:", "- diffusion", "- flow-matching", "- sit"]
-    if licence:
-        plain = re.fullmatch(r"[\w.-]+", licence)
-        head.insert(1, f"license: {licence.lower() if plain else json.dumps(licence)}")
-    rows = [("recipe", recipe), ("data", data), ("steps", steps), *(metrics or {}).items()]
-    if origin:
-        came = f"{origin['file']} (from {origin['from']}, SHA-256 {origin['sha256'][:16]}…)"
-        rows.append(("weights it came from", came))
-        rows.append(("their licence", origin["licence"] or NOT_STATED))
-    rows.append(("licence", licence or NOT_STATED))
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    parts = [
-        "\n".join([*head, "---"]),
-        "# A diffusion transformer",
-        "A SiT (arXiv:2401.08740) with the weights of an exponential moving average unless its maker says "
-        f"otherwise, trained with selfalign {selfalign.__version__} ([method]({SITE})).",
-        f"| what | |\n| --- | --- |\n{table}",
-        "## Load",
-        LOADING[loading].format(where=where, **words),
-    ]
-    if config:
-        settings = json.dumps(config, indent=2)
-        parts += ["## Settings", f"```json\n{settings}\n```"]
-    return "\n\n".join(parts) + "\n"
 
 
 def _origin(folder: Path) -> dict[str, Any]:

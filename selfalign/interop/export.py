@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from selfalign.backbones.sit.model import SiT
+from selfalign.card import model_card
 from selfalign.data.latents.autoencoder import Decoder, store_autoencoder
 from selfalign.disk import require_writable, write_whole
 from selfalign.errors import UserError
 from selfalign.interop import portable
-from selfalign.interop.card import card_facts, model_card
+from selfalign.interop.card import card_facts
 from selfalign.interop.released import LAST_LAYER, turn_around
 from selfalign.records import write_json
 from selfalign.runs.load import LoadedRun

@@ -13,8 +13,8 @@ from selfalign.config import ResolvedConfig, resolve
 from selfalign.data.datasets import open_data
 from selfalign.disk import locked
 from selfalign.errors import UserError
+from selfalign.hub import fetch_weights
 from selfalign.interop.files import read_weights, stated_project
-from selfalign.interop.hub import fetch
 from selfalign.interop.released import Dimensions, Source, recognise, translate
 from selfalign.recipes import recipe
 from selfalign.records import write_json
@@ -79,7 +79,7 @@ def import_run(
         UserError: the file cannot be read, is of no known layout, or fits the data set or folder not.
     """
     refuse_used(folder)
-    path = fetch(file)
+    path = fetch_weights(file)
     weights = read_weights(path)
     fitting = recognise(weights)
     project = project or stated_project(path) or (fitting[0] if len(fitting) == 1 else None)

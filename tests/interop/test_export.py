@@ -15,8 +15,9 @@ from small_weights import HEADS, network
 from torch import Tensor
 
 from selfalign import SiT, UserError
+from selfalign.card import model_card
 from selfalign.cli import main
-from selfalign.interop.card import card_facts, model_card
+from selfalign.interop.card import card_facts
 from selfalign.interop.export import export_run, sit_weights
 from selfalign.interop.imported import import_run
 from selfalign.interop.released import build_sit

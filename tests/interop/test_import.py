@@ -13,7 +13,7 @@ from torch import Tensor
 from selfalign import SiT, UserError
 from selfalign.backbones.sit.sizes import Size
 from selfalign.cli import main
-from selfalign.interop import hub
+from selfalign.hub import fetch_weights
 from selfalign.interop.imported import import_run
 from selfalign.interop.released import build_sit
 from selfalign.runs.load import load_run
@@ -243,7 +243,7 @@ def test_files_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     file = save(tmp_path / "w.pt", network())
     asked: list[tuple[str, str]] = []
 
-    def download(repository: str, name: str) -> str:
+    def download(repository: str, name: str, local_files_only: bool) -> str:
         asked.append((repository, name))
         return str(file)
 
@@ -254,12 +254,12 @@ def test_files_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert asked == [("owner/name", "w.pt")] and run.recipe == "sra"
     origin = json.loads((tmp_path / "run" / "imported.json").read_text())
     assert origin["file"] == "hub:owner/name" and origin["licence"] == "MIT"
-    assert hub.fetch("hub:owner/name:other.pt") == file and asked[-1][1] == "other.pt"
+    assert fetch_weights("hub:owner/name:other.pt") == file and asked[-1][1] == "other.pt"
     files.append("more.safetensors")
     with pytest.raises(UserError, match=r"holds more.safetensors, w.pt: say which"):
-        hub.fetch("hub:owner/name")
+        fetch_weights("hub:owner/name")
     with pytest.raises(UserError, match="allowed is hub:OWNER/NAME"):
-        hub.fetch("hub:owner")
+        fetch_weights("hub:owner")
     monkeypatch.undo()
     with pytest.raises(UserError, match="cannot be fetched"):
-        hub.fetch("hub:owner/name:w.pt")
+        fetch_weights("hub:owner/name:w.pt")

@@ -1,11 +1,9 @@
 """The transformer: SiT with a condition per token group (arXiv:2401.08740, and Eq. 5 to 9)."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,14 +13,13 @@ from selfalign import ops
 from selfalign.conditions import Condition
 from selfalign.conditions.label import Label
 from selfalign.embedders import TimestepEmbedder, position_embedding
-from selfalign.errors import UserError
 from selfalign.heads import ProjectionHead
 from selfalign.masked import attend, attend_within
-from selfalign.network import Backbone, Hidden, Tap
+from selfalign.network import Hidden, Tap
 from selfalign.ops.modules import Linear
+from selfalign.pretrained import Pretrained
 from selfalign.texts import Read
 from selfalign.tokens import TokenGrid, TokenGroups
-from selfalign.weights import write_safetensors
 
 
 class PatchEmbedder(nn.Module):
@@ -154,7 +151,7 @@ class FinalLayer(nn.Module):
         return self.linear(ops.modulated_norm(x, shift, scale, groups.sizes))
 
 
-class SiT(Backbone, PyTorchModelHubMixin):
+class SiT(Pretrained):
     """Predicts the velocity of noised tokens, and offers the features of its blocks.
 
     Parameter names are DiT's and SiT's, so that released weights load by name.
@@ -197,7 +194,6 @@ class SiT(Backbone, PyTorchModelHubMixin):
         condition = Label() if condition is None else condition
         grid = TokenGrid(tuple(image_size), patch_size)
         super().__init__(grid, channels, condition, num_classes)
-        self._hub_mixin_config = None  # made when it is asked for, from the model itself
         self.hidden_size = hidden_size
         self.gradient_checkpointing = gradient_checkpointing
         self.x_embedder = PatchEmbedder(self.grid, channels, hidden_size)
@@ -249,59 +245,6 @@ class SiT(Backbone, PyTorchModelHubMixin):
             "qk_norm": attention.q_norm is not None,
             "out_channels": self.final_layer.linear.out_features // self.grid.patch_positions,
         }
-
-    def plain_state(self) -> dict[str, Tensor]:
-        """The weights without those of heads and of hidden tokens, which training alone needs."""
-        left_out = ("mask_token", *(f"{name.partition('.')[0]}." for name in self.head_taps))
-        state = self.state_dict()
-        return {name: value for name, value in state.items() if not name.startswith(left_out)}
-
-    def save_pretrained(self, save_directory: Path | str, **settings: Any) -> str | None:
-        """Write config.json, model.safetensors and README.md, as the hub has them.
-
-        Args:
-            save_directory: the folder.
-            settings: as of `PyTorchModelHubMixin`; `model_card_kwargs` from `card_facts`.
-
-        Raises:
-            UserError: it is conditioned on something else than labels, which a config does not say.
-        """
-        if type(self.condition) is not Label:
-            raise UserError(
-                f"condition is {self.condition.name!r}: the hub's form holds labels alone"
-            )
-        settings["config"] = settings.get("config") or self.hub_config()
-        return super().save_pretrained(save_directory, **settings)
-
-    def push_to_hub(self, repo_id: str, **settings: Any) -> str:
-        """Send what `save_pretrained` writes to a repository, whose name the card says.
-
-        Args:
-            repo_id: OWNER/NAME; made if it is not there.
-            settings: as of `PyTorchModelHubMixin`; `model_card_kwargs` from `card_facts`.
-
-        Raises:
-            UserError: what `save_pretrained` raises.
-        """
-        facts = {**(settings.pop("model_card_kwargs", None) or {}), "repo_id": repo_id}
-        return super().push_to_hub(repo_id, model_card_kwargs=facts, **settings)
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        # SRA's releases have this package's names, time and sign.
-        facts = {"format": "pt", "from": "sra"}
-        write_safetensors(save_directory / "model.safetensors", self.plain_state(), facts)
-
-    @classmethod
-    def _from_pretrained(cls, **settings: Any) -> "SiT":
-        # Weights that do not fit are an error, and not left out.
-        return super()._from_pretrained(**{**settings, "strict": True})
-
-    def generate_model_card(self, *_: Any, **facts: Any) -> ModelCard:
-        """See `selfalign.interop.card.model_card`."""
-        from selfalign.interop.card import model_card
-
-        repository = facts.pop("repo_id", None)
-        return ModelCard(model_card(where=repository or ".", **facts))
 
     def velocity_head(self) -> nn.Module:
         """A layer as the last one, for a block before it."""

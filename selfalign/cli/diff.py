@@ -55,6 +55,8 @@ def _settings(place: Path) -> dict[str, str]:
     from selfalign.config_file import read_values, tree_of
     from selfalign.pages.settings import flatten, shown
 
+    if not place.exists():
+        raise UserError(f"{place} does not exist: allowed are a run's folder and a config file")
     path = place / "config.json" if place.is_dir() else place
     if place.is_dir() and not path.is_file():
         raise UserError(f"{str(place)!r} is not a run: it holds no config.json")

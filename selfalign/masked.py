@@ -1,11 +1,10 @@
 """Attention where some keys are not there: what is missing is one row of a mask per sample."""
 
 from jaxtyping import Bool, Float
-from torch import Tensor, cat
+from torch import Tensor
 from torch.nn import functional
 
-Part = tuple[int, int, int, int]
-"""First and end sample, first and end token of a dense attention."""
+from selfalign.ops.reference import Part, join_parts, split_parts
 
 
 def attend(
@@ -26,9 +25,8 @@ def attend_within(
     qkv: Float[Tensor, "B N 3D"], heads: int, parts: tuple[Part, ...], present: Bool[Tensor, "B N"]
 ) -> Float[Tensor, "B N D"]:
     """`ops.attention`, each part among its tokens that are present."""
-    bands: dict[tuple[int, int], list[Tensor]] = {}
-    for first, end, begin, stop in parts:
-        q, k, v = qkv[first:end, begin:stop].chunk(3, dim=2)
-        attended = attend(q, k, v, heads, present[first:end, begin:stop])
-        bands.setdefault((first, end), []).append(attended)
-    return cat([cat(band, dim=1) for band in bands.values()])
+    attended = []
+    for x, (first, end, begin, stop) in zip(split_parts(qkv, parts), parts, strict=True):
+        q, k, v = x.chunk(3, dim=2)
+        attended.append(attend(q, k, v, heads, present[first:end, begin:stop]))
+    return join_parts(parts, attended)

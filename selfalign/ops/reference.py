@@ -8,6 +8,7 @@ its place by itself; a second backward pass by `torch.autograd` needs
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -37,11 +38,22 @@ def attention(
     qkv: Float[Tensor, "B N 3D"], heads: int, parts: tuple[Part, ...]
 ) -> Float[Tensor, "B N D"]:
     """softmax(QKᵀ/√d)V of every head within each part."""
-    rows = []  # of parts that have their samples in common
+    return join_parts(parts, [_dense_attention(part, heads) for part in split_parts(qkv, parts)])
+
+
+def split_parts(x: Float[Tensor, "B N D"], parts: tuple[Part, ...]) -> list[Tensor]:
+    """The samples and tokens of each part, as views."""
+    found: list[Tensor] = []
     for (first, end), row in itertools.groupby(parts, key=lambda part: part[:2]):
-        sizes = [stop - begin for _, _, begin, stop in row]
-        slices = qkv[first:end].split(sizes, dim=1)
-        rows.append(_join([_dense_attention(part, heads) for part in slices], dim=1))
+        found += x[first:end].split([stop - begin for _, _, begin, stop in row], dim=1)
+    return found
+
+
+def join_parts(parts: tuple[Part, ...], results: Sequence[Tensor]) -> Float[Tensor, "B N D"]:
+    """What was made of each part, put together."""
+    rows = []  # of parts that have their samples in common
+    for _, row in itertools.groupby(zip(parts, results, strict=True), key=lambda both: both[0][:2]):
+        rows.append(_join([result for _, result in row], dim=1))
     return _join(rows, dim=0)
 
 

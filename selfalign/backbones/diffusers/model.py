@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from selfalign.config import ResolvedConfig
 from selfalign.errors import UserError
 from selfalign.network import Backbone
+from selfalign.ops.reference import join_parts
 from selfalign.tokens import TokenGroups
 
 LORA = "default"
@@ -92,16 +93,13 @@ class Adapter(Backbone):
             batch: samples B.
             run: told samples, tokens, and the group whose timestep they have; gives features (b, n, D).
         """
-        bands: dict[tuple[int, int], list[Rows]] = {}
-        for first, end, begin, stop in groups.attention_parts(batch):
-            group = groups.ends.index(stop)  # whole images have one timestep in all groups
-            found = run(slice(first, end), slice(begin, stop), group)
-            bands.setdefault((first, end), []).append(found)
-        joined = [
-            {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
-            for parts in bands.values()
+        parts = groups.attention_parts(batch)
+        found = [
+            # Whole images have one timestep in all groups.
+            run(slice(first, end), slice(begin, stop), groups.ends.index(stop))
+            for first, end, begin, stop in parts
         ]
-        return {name: torch.cat([band[name] for band in joined]) for name in joined[0]}
+        return {name: join_parts(parts, [each[name] for each in found]) for name in found[0]}
 
 
 def load_folder(folder: str, kind: str) -> tuple[nn.Module, bool]:

@@ -7,12 +7,13 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from selfalign.data.shapes import to_uint8
 from selfalign.evaluation import config as evaluation_config
 from selfalign.evaluation import evaluate as evaluation
 from selfalign.evaluation.report import Evaluation
 from selfalign.processes import open_accelerator
 from selfalign.runs.load import LoadedRun
-from selfalign.sampling.generate import Labels, check_sampling, generate, to_uint8
+from selfalign.sampling.generate import Labels, check_sampling, generate
 from selfalign.sampling.settings import SamplingConfig
 
 

@@ -12,6 +12,7 @@ from selfalign.data.latents.reader import StoredFeatures, StoredSplit, open_feat
 from selfalign.data.latents.settings import PrepareConfig
 from selfalign.data.latents.sources import Source
 from selfalign.data.latents.store import MANIFEST, features_folder
+from selfalign.data.shapes import to_uint8
 from selfalign.data.source import DataSource, Features, MemorySplit, Split, SubsetSplit
 from selfalign.disk import cache_folder, locked
 from selfalign.encoders import IMAGES, parse_word
@@ -165,7 +166,7 @@ class _Images:
 
     def __call__(self, index: int) -> Image.Image:
         image = self.split.read([index])[0][0]
-        pixels: Any = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        pixels: Any = to_uint8(image[None])[0].permute(1, 2, 0).numpy()
         return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 

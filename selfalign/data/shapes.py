@@ -1,9 +1,9 @@
-"""Samples of any kind as pictures."""
+"""Samples of any kind as pictures, and pictures as bytes."""
 
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 
@@ -23,3 +23,8 @@ def picture_shape(channels: int, sides: Sequence[int]) -> tuple[int, int, int]:
     """C, H and W of what `as_pictures` makes of samples."""
     _, found, height, width = as_pictures(torch.empty(1, channels, *sides, device="meta")).shape
     return found, height, width
+
+
+def to_uint8(images: Float[Tensor, "B C *sides"]) -> UInt8[Tensor, "B C H W"]:
+    """Images in [-1, 1] as bytes, clamped and rounded; signals and videos as pictures of them."""
+    return ((as_pictures(images).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

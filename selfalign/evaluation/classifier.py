@@ -12,11 +12,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
+from selfalign.data.shapes import to_uint8
 from selfalign.data.source import DataSource, Split, SubsetSplit
 from selfalign.disk import cache_folder, is_full, write_whole
 from selfalign.errors import UserError
 from selfalign.randomness import make_generator
-from selfalign.sampling.generate import to_uint8
 from selfalign.weights import write_safetensors
 
 STEPS = 700

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from selfalign.arrays import Array, Npz
+from selfalign.data.shapes import to_uint8
 from selfalign.disk import locked, require_room, require_writable, write_arrays, write_whole
 from selfalign.errors import UserError
 from selfalign.evaluation.config import EvaluationConfig, Progress
@@ -22,7 +23,7 @@ from selfalign.evaluation.inputs import ImageSet, open_images
 from selfalign.processes import together
 from selfalign.records import write_json
 from selfalign.runs.load import LoadedRun, sampling_record
-from selfalign.sampling.generate import LABEL_BYTES, Labels, check_sampling, generate, to_uint8
+from selfalign.sampling.generate import LABEL_BYTES, Labels, check_sampling, generate
 from selfalign.sampling.settings import SamplingConfig
 
 SHARD = 256

@@ -14,10 +14,10 @@ from torch import Tensor
 from selfalign.arrays import Array, Npz
 from selfalign.data.images import is_grey, parse_colour, read_image
 from selfalign.data.listing import list_files, require_one_split
+from selfalign.data.shapes import to_uint8
 from selfalign.data.source import DataSource
 from selfalign.errors import UserError
 from selfalign.names import encode_name, printable
-from selfalign.sampling.generate import to_uint8
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 
 import selfalign
 from selfalign.config import config_to_dict
+from selfalign.data.shapes import to_uint8
 from selfalign.disk import require_no_folder, require_writable, write_whole
 from selfalign.errors import UserError
 from selfalign.evaluation.config import Progress
@@ -27,7 +28,7 @@ from selfalign.pages.settings import Settings, compare, flatten
 from selfalign.records import read_plain, write_json
 from selfalign.runs.load import LoadedRun, load_run
 from selfalign.runs.monitors import GRID_STEPS
-from selfalign.sampling.generate import generate, to_uint8
+from selfalign.sampling.generate import generate
 from selfalign.sampling.pictures import column_labels, column_names, data_uri, tile
 from selfalign.sampling.settings import SamplingConfig
 from selfalign.training.tracking import FOR_CURVES, read_metrics

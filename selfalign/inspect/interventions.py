@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from selfalign.data.shapes import to_uint8
 from selfalign.data.source import Split
 from selfalign.evaluation.config import Progress
 from selfalign.evaluation.estimate import Estimate
@@ -28,7 +29,7 @@ from selfalign.network import Backbone
 from selfalign.pages.figures import Chart, Series, curve_chart, heat_map
 from selfalign.pages.numbers import plus_minus
 from selfalign.randomness import make_generator
-from selfalign.sampling.generate import Labels, balanced_labels, generate, to_uint8
+from selfalign.sampling.generate import Labels, balanced_labels, generate
 from selfalign.sampling.settings import SamplingConfig
 from selfalign.tokens import TokenGroups
 from selfalign.training.heldout import (

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from selfalign.data.shapes import to_uint8
 from selfalign.evaluation.config import Progress
 from selfalign.evaluation.estimate import GROUPS, Estimate, from_jackknife
 from selfalign.inspect.features import chosen_blocks, mean_tokens, untrained
@@ -17,7 +18,6 @@ from selfalign.network import Tap
 from selfalign.pages.figures import Chart, heat_map
 from selfalign.pages.numbers import plus_minus
 from selfalign.randomness import make_generator
-from selfalign.sampling.generate import to_uint8
 
 if TYPE_CHECKING:
     from selfalign.inspect.subject import Subject

@@ -14,13 +14,13 @@ from matplotlib.offsetbox import AnnotationBbox, HPacker, TextArea
 from torch import Tensor
 
 from selfalign.config import ResolvedConfig
+from selfalign.data.shapes import to_uint8
 from selfalign.errors import UserError
 from selfalign.evaluation.config import Progress
 from selfalign.inspect.section import About, Section
 from selfalign.pages.figures import Chart
 from selfalign.pages.svg import drawing, to_svg
 from selfalign.randomness import make_generator
-from selfalign.sampling.generate import to_uint8
 from selfalign.targets.ema import EMATarget
 from selfalign.views import View, draw_views, make_views
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from selfalign.data.shapes import as_pictures
 from selfalign.errors import UserError
 from selfalign.flow import PATHS
 from selfalign.memory import keep_freed_memory
@@ -302,8 +301,3 @@ def _sampling_groups(
 
 def _sampling_sizes(config: SamplingConfig, model: Backbone) -> tuple[int, ...]:
     return group_sizes((config.mask_ratio, 1 - config.mask_ratio), model.num_tokens)
-
-
-def to_uint8(images: Float[Tensor, "B C *sides"]) -> UInt8[Tensor, "B C H W"]:
-    """Images in [-1, 1] as bytes, clamped and rounded; signals and videos as pictures of them."""
-    return ((as_pictures(images).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from selfalign.data.shapes import as_pictures
+from selfalign.data.shapes import to_uint8
 from selfalign.disk import write_whole
 from selfalign.sampling.pictures import draw_grids, save, shown, tile
 
@@ -44,7 +44,7 @@ def draw_panels(
         return draw_lines(path, panels, columns, title)
     if first.ndim == 5:
         draw_moving(path.with_suffix(".gif"), torch.cat(list(panels.values())), len(columns))
-    pictures = {name: _bytes(as_pictures(samples)) for name, samples in panels.items()}
+    pictures = {name: to_uint8(samples.float()).cpu() for name, samples in panels.items()}
     draw_grids(path, pictures, columns, title)
 
 
@@ -81,7 +81,9 @@ def draw_moving(path: Path, videos: Float[Tensor, "M C T H W"], columns: int) ->
         columns: of the grid.
     """
     factor = max(1, ENLARGED // videos.shape[3])
-    frames = [tile(_bytes(videos[:, :, time]), columns) for time in range(videos.shape[2])]
+    frames = [
+        tile(to_uint8(videos[:, :, time].float()).cpu(), columns) for time in range(videos.shape[2])
+    ]
     images = [Image.fromarray(frame.repeat(factor, 0).repeat(factor, 1)) for frame in frames]
 
     def write(partial: Path) -> None:
@@ -114,7 +116,7 @@ def draw_captioned(
     figure = Figure(figsize=size, dpi=144, layout="constrained")
     figure.suptitle(shown(title), fontsize=9)
     axes = figure.subplots(rows, columns, squeeze=False).flat
-    pictures = _bytes(as_pictures(images)).permute(0, 2, 3, 1).cpu().numpy()
+    pictures = to_uint8(images.float()).permute(0, 2, 3, 1).cpu().numpy()
     for index, axis in enumerate(axes):
         axis.axis("off")
         if index < len(pictures):
@@ -124,7 +126,3 @@ def draw_captioned(
             lines = textwrap.wrap(shown(captions[index]), CAPTION_WIDTH)[:2]
             axis.set_title("\n".join(lines), fontsize=6, y=-0.02, va="top")
     save(path, figure)
-
-
-def _bytes(images: Float[Tensor, "M C H W"]) -> UInt8[Tensor, "M C H W"]:
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()

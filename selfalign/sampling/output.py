@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from selfalign.sampling.generate import to_uint8
+from selfalign.data.shapes import to_uint8
 from selfalign.sampling.kinds import CAPTION_COLUMNS, draw_captioned, draw_moving, draw_panels
 from selfalign.sampling.pictures import MAX_COLUMNS, draw_samples
 

@@ -12,7 +12,8 @@ from selfalign import recipe, resolve
 from selfalign.cli import main
 from selfalign.data.datasets import open_data
 from selfalign.data.files import read_mnist
-from selfalign.sampling.generate import generate, to_uint8
+from selfalign.data.shapes import to_uint8
+from selfalign.sampling.generate import generate
 from selfalign.sampling.settings import SamplingConfig
 from selfalign.sections import DataConfig
 from selfalign.training.accelerator import make_accelerator

@@ -19,6 +19,7 @@ from support import in_two_processes
 from selfalign import UserError
 from selfalign.cli import main
 from selfalign.data.datasets import open_data
+from selfalign.data.shapes import to_uint8
 from selfalign.evaluation import generation, reference
 from selfalign.evaluation.classifier import get_classifier
 from selfalign.evaluation.config import EvaluationConfig, EvaluationData
@@ -29,7 +30,7 @@ from selfalign.evaluation.generation import samples_folder
 from selfalign.evaluation.inputs import open_split
 from selfalign.evaluation.report import Evaluation
 from selfalign.runs.load import load_run
-from selfalign.sampling.generate import generate, to_uint8
+from selfalign.sampling.generate import generate
 from selfalign.sampling.settings import SamplingConfig
 from selfalign.sections import DataConfig
 

@@ -17,10 +17,10 @@ import pytest
 from selfalign import UserError, disk
 from selfalign.cli import main
 from selfalign.data.datasets import open_data
+from selfalign.data.shapes import to_uint8
 from selfalign.evaluation import classifier
 from selfalign.evaluation.fitting import _other_data
 from selfalign.evaluation.reference import open_reference
-from selfalign.sampling.generate import to_uint8
 from selfalign.sections import DataConfig
 
 POINTS = np.random.default_rng(1).random((9, 64))

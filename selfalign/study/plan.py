@@ -211,6 +211,8 @@ def write_study(folder: Path, study: Study) -> Study:
     if path.is_file():
         earlier = read_study(folder)
         study = dataclasses.replace(study, registration=earlier.registration)
+        if _settings_agree(earlier, study):
+            earlier = dataclasses.replace(earlier, settings=study.settings)
         known, new = _as_json(earlier), _as_json(study)
         for name in known:
             if name not in _GROWING and known[name] != new[name]:
@@ -227,6 +229,20 @@ def write_study(folder: Path, study: Study) -> Study:
     text = json.dumps(record, indent=1) + "\n"
     write_whole(path, lambda partial: partial.write_text(text))
     return study
+
+
+def _settings_agree(earlier: Study, study: Study) -> bool:
+    """Whether all variants' runs have the same settings, also where only one of the studies names a field.
+
+    An earlier version's study.json does not name what has come since: there its runs have the defaults.
+    """
+    if _as_json(earlier.grid) != _as_json(study.grid):
+        return False
+    runs = [
+        [each._job(name, study.seeds[0], study.full_fraction).run for name in study.grid.variants]
+        for each in (earlier, study)
+    ]
+    return runs[0] == runs[1]
 
 
 def _differing(known: object, new: object) -> str:

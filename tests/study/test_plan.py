@@ -58,6 +58,15 @@ def test_a_study_may_grow_and_nothing_else(tmp_path: Path) -> None:
     assert read_study(tmp_path).settings["training.steps"] == 3
 
 
+def test_a_study_of_a_version_with_fewer_fields_goes_on(tmp_path: Path) -> None:
+    write_study(tmp_path, _study())
+    now = {**SETTINGS, "training.start_weights": "both"}  # the default of a field that is not named
+    write_study(tmp_path, _study(settings=now))
+    assert read_study(tmp_path).settings == now
+    with pytest.raises(UserError, match=r"other settings \(training.start_weights\)"):
+        write_study(tmp_path, _study(settings={**SETTINGS, "training.start_weights": "ema"}))
+
+
 def test_used_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(UserError, match="must be a new or an empty folder"):

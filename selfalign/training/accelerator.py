@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from selfalign.errors import UserError
@@ -16,8 +17,14 @@ def make_accelerator(training: TrainingConfig, folder: Path) -> Accelerator:
     """The device, processes and precision of a run.
 
     Raises:
-        UserError: the device lacks the precision, or the batch does not divide over the processes.
+        UserError: the device lacks the precision, a tracker is not installed, or the batch does not divide
+            over the processes.
     """
+    for name in training.trackers:
+        if name not in map(str, get_available_trackers()):  # accelerate would leave it out silently
+            raise UserError(
+                f"training.trackers {name} needs the package {name}: pip install {name}"
+            )
     refusal = (
         f"training.precision is {training.precision!r}: not on this device; fp32 runs everywhere"
     )

@@ -12,17 +12,26 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from selfalign import RunConfig
 from selfalign.cli import console
 from selfalign.config import override
+from selfalign.errors import UserError
 from selfalign.runs.start import start_run
+from selfalign.training import accelerator
 
 BY_T = "heldout_ema_by_timestep/0.05"
 
 
-def test_tensorboard_gets_settings_terms_pictures_and_curves_by_t(
-    small_config: RunConfig, tmp_path: Path
-) -> None:
-    config = override(small_config, {"training.trackers": ("tensorboard",)})
-    start_run(config, tmp_path / "run", lambda state, values: None)
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard" / "run"))
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory, small_config: RunConfig) -> Path:
+    """A run that both trackers follow, without a network."""
+    folder = tmp_path_factory.mktemp("tracked") / "run"
+    config = override(small_config, {"training.trackers": ("tensorboard", "wandb")})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        start_run(config, folder, lambda state, values: None)
+    return folder
+
+
+def test_tensorboard_gets_settings_terms_pictures_and_curves_by_t(tracked: Path) -> None:
+    events = EventAccumulator(str(tracked / "tensorboard" / "run"))
     events.Reload()
     tags = events.Tags()
     assert {"loss", "denoising_loss", "alignment_loss", "heldout_raw", BY_T} <= set(tags["scalars"])
@@ -32,21 +41,26 @@ def test_tensorboard_gets_settings_terms_pictures_and_curves_by_t(
     assert events.Images("samples")[0].width > 100
 
 
-@pytest.mark.slow
-def test_wandb_gets_the_same_offline(
-    small_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    config = override(small_config, {"training.trackers": ("wandb",)})
-    start_run(config, tmp_path / "run", lambda state, values: None)
-    (place,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+def test_wandb_gets_the_same_offline(tracked: Path) -> None:
+    (place,) = (tracked / "wandb").glob("offline-run-*")
     pictures = {path.name.partition("_")[0] for path in (place / "files" / "media").rglob("*.png")}
     assert pictures == {"samples", "curves"}
     (log,) = place.glob("*.wandb")
     content = log.read_bytes()
     for word in (b"views.mask_ratios", b"alignment_loss", BY_T.encode()):
         assert word in content
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(
+    small_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = override(small_config, {"training.trackers": ("wandb",)})
+    monkeypatch.setattr(accelerator, "get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(
+        UserError, match=r"^training.trackers wandb needs the package wandb: pip install"
+    ):
+        start_run(config, tmp_path / "run", lambda state, values: None)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

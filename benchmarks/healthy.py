@@ -1,0 +1,100 @@
+"""Reference curves of the recipes on handwritten digits, for docs/healthy.md.
+
+    python benchmarks/healthy.py OUT [RECIPE …]
+
+trains each recipe with the settings below, and writes curves.json and curves.png into OUT. A run takes about
+half a minute on one core.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from selfalign import recipe
+from selfalign.runs.monitors import HeldOutMonitor
+from selfalign.runs.start import start_run
+from selfalign.training.tracking import read_metrics
+
+RECIPES = (
+    "sit",
+    "sra",
+    "self-flow",
+    "sra-dts",
+    "sra-as",
+    "sra-as-released",
+    "sra-dts-as",
+    "layersync",
+    "sra2",
+    "sra-published",
+)
+"""Those that need nothing but images."""
+SETTINGS: dict[str, Any] = {
+    "data.name": "digits",
+    "model.size": "tiny/2",
+    "training.steps": 800,
+    "training.batch_size": 64,
+    "training.learning_rate": 1e-3,
+    "training.ema_decay": 0.995,
+    "training.log_every": 20,
+    "training.evaluate_every": 100,
+    "training.trackers": (),
+}
+SHOWN = ("denoising_loss", "alignment_loss", "gradient_norm", "heldout_ema")
+EVERY = 100
+
+
+def curves(name: str) -> dict[str, list[float | None]]:
+    """What one recipe logs, averaged over the steps up to every hundredth."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "run"
+        config = recipe(name, SETTINGS)
+        start_run(config, folder, lambda state, values: None, [HeldOutMonitor(EVERY)])
+        lines = read_metrics(folder)
+    found: dict[str, list[float | None]] = {}
+    for key in SHOWN:
+        means = []
+        for last in range(EVERY, SETTINGS["training.steps"] + 1, EVERY):
+            of_part = [x[key] for x in lines if key in x and last - EVERY < x["step"] <= last]
+            means.append(round(sum(of_part) / len(of_part), 4) if of_part else None)
+        if any(value is not None for value in means):
+            found[key] = means
+    return found
+
+
+def draw(path: Path, found: dict[str, dict[str, list[float | None]]]) -> None:
+    """One panel per quantity, a line per recipe."""
+    figure = Figure(figsize=(12, 3), dpi=110, layout="constrained")
+    for axis, key in zip(figure.subplots(1, len(SHOWN)), SHOWN, strict=True):
+        for name, values in found.items():
+            if key in values:
+                steps = [EVERY * (k + 1) for k in range(len(values[key]))]
+                axis.plot(steps, values[key], linewidth=1.2, label=name)
+        axis.set_title(key.replace("_", " "), fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", fontsize=7)
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Train, write, draw."""
+    out = Path(sys.argv[1])
+    names = sys.argv[2:] or list(RECIPES)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "curves.json"
+    found = json.loads(file.read_text())["recipes"] if file.exists() else {}
+    for name in names:
+        found[name] = curves(name)
+        print(name, found[name], flush=True)
+        record = {"settings": SETTINGS, "every": EVERY, "recipes": found}
+        file.write_text(json.dumps(record, indent=1) + "\n")
+    draw(out / "curves.png", found)
+
+
+if __name__ == "__main__":
+    main()

@@ -44,6 +44,7 @@ def model_card(
     data: str = NOT_STATED,
     steps: str = NOT_STATED,
     metrics: Mapping[str, str] | None = None,
+    start: str = "",
     origin: Mapping[str, Any] | None = None,
     licence: str = "",
     config: Mapping[str, Any] | None = None,
@@ -54,7 +55,7 @@ def model_card(
     Args:
         loading: a key of `LOADING`.
         where: what the example loads from.
-        recipe, data, steps, metrics, origin, licence, config: from `card_facts`.
+        recipe, data, steps, metrics, start, origin, licence, config: from `card_facts`.
         words: further ones of the example.
     """
     head = ["---", "library_name: selfalign", "tags:", "- diffusion", "- flow-matching", "- sit"]
@@ -62,6 +63,8 @@ def model_card(
         plain = re.fullmatch(r"[\w.-]+", licence)
         head.insert(1, f"license: {licence.lower() if plain else json.dumps(licence)}")
     rows = [("recipe", recipe), ("data", data), ("steps", steps), *(metrics or {}).items()]
+    if start:
+        rows.append(("started from", start))
     if origin:
         came = f"{origin['file']} (from {origin['from']}, SHA-256 {origin['sha256'][:16]}…)"
         rows.append(("weights it came from", came))

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from selfalign.config import config_to_dict
-from selfalign.interop.imported import ORIGIN
 from selfalign.recipes import RECIPES, nearest_recipe
 from selfalign.records import read_plain
+from selfalign.runs.folder import read_origin
 from selfalign.runs.load import LoadedRun
 from selfalign.training.tracking import read_metrics
 
@@ -19,7 +19,8 @@ def card_facts(run: LoadedRun, licence: str = "") -> dict[str, Any]:
         licence: of the weights; left out: that of the weights they came from, if it is known.
     """
     config, data = run.config, run.config.data
-    origin = _origin(run.folder)
+    origin = read_origin(run.folder)
+    start = config.training.start_from
     name = nearest_recipe(config)
     images = (
         "not recorded" if data.name == "none" else f"{data.name} (fingerprint {run.fingerprint})"
@@ -27,7 +28,8 @@ def card_facts(run: LoadedRun, licence: str = "") -> dict[str, Any]:
     return {
         "recipe": f"`{name}`: {RECIPES[name].summary}",
         "data": f"{images}, {config.model.num_classes} classes",
-        "steps": f"{run.step:,} of batch {config.training.batch_size}",
+        "steps": _steps(run, bool(origin)),
+        "start": "" if start is None else Path(start).name,
         "metrics": _metrics(run.folder),
         "origin": origin,
         "licence": licence or str(origin.get("licence") or ""),
@@ -35,10 +37,12 @@ def card_facts(run: LoadedRun, licence: str = "") -> dict[str, Any]:
     }
 
 
-def _origin(folder: Path) -> dict[str, Any]:
-    """Where a run's weights came from, if it was imported."""
-    path = folder / ORIGIN
-    return dict(read_plain(path)) if path.is_file() else {}
+def _steps(run: LoadedRun, is_further: bool) -> str:
+    """How many were trained here; those of weights that came from elsewhere are not known."""
+    if is_further and not run.step:
+        return "none here: the weights as they came"
+    words = f"{run.step:,} of batch {run.config.training.batch_size}"
+    return f"{words}, from the weights below" if is_further else words
 
 
 def _metrics(folder: Path) -> dict[str, str]:

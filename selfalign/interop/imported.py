@@ -18,15 +18,13 @@ from selfalign.interop.files import read_weights, stated_project
 from selfalign.interop.released import Dimensions, Source, recognise, translate
 from selfalign.recipes import recipe
 from selfalign.records import write_json
-from selfalign.runs.folder import CHECKPOINTS, refuse_used, write_config, write_record
+from selfalign.runs.folder import CHECKPOINTS, ORIGIN, refuse_used, write_config, write_record
 from selfalign.student import build_student
 from selfalign.training.checkpoint import CheckpointState, save_checkpoint
 from selfalign.training.starting import Start, load_start
 from selfalign.training.step import make_optimizer
 from selfalign.weights import Weights
 
-ORIGIN = "imported.json"
-"""Where the weights of a run came from."""
 PROJECTS: Mapping[str, Source] = {
     "sit": "sit",
     "repa": "repa",
@@ -88,6 +86,8 @@ def import_run(
             f"{file} has the layout of {' and '.join(fitting)}, which mean different things by it: "
             "--from says which"
         )
+    if PROJECTS[project] == "sra" and fitting == ("dit",):
+        project = "dit"  # SRA trains DiTs too
     options = (PROJECTS[project], heads, channels, null_row)
     trained = read_weights(path, "raw")
     ema, dimensions = translate(weights, *options)

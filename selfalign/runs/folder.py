@@ -17,11 +17,13 @@ from selfalign.data.source import DataSource
 from selfalign.disk import LOCK, is_left_over, locked, remove, sweep
 from selfalign.errors import UserError
 from selfalign.processes import together
-from selfalign.records import read_json, write_json
+from selfalign.records import read_json, read_plain, write_json
 
 CHECKPOINTS = "checkpoints"
 DATA = "data.json.gz"
 """The list of the data's files, where it is made of files."""
+ORIGIN = "imported.json"
+"""Where the weights of a run came from, and their licence."""
 
 
 class ConfigFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -79,6 +81,23 @@ def read_record(folder: Path) -> RunRecord:
     except UserError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     return RunRecord(config, file.data_fingerprint, file.class_names)
+
+
+def read_origin(folder: Path) -> dict[str, Any]:
+    """Where a run's weights came from: those of an import, or of what it was started from; {} if nowhere."""
+    path = folder / ORIGIN
+    return dict(read_plain(path)) if path.is_file() else {}
+
+
+def inherit_origin(start: str | None, folder: Path) -> None:
+    """Keep with a run where the weights that it starts from came from: their licence goes with them.
+
+    Args:
+        start: the run or file that it starts from; None: from none.
+        folder: of the run.
+    """
+    if start is not None and (origin := read_origin(Path(start))):
+        write_json(folder / ORIGIN, origin)
 
 
 def recorded_data(folder: Path, fingerprint: str) -> Recorded:

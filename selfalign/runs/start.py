@@ -16,6 +16,7 @@ from selfalign.runs.data import check_data, open_recorded
 from selfalign.runs.folder import (
     CHECKPOINTS,
     empty,
+    inherit_origin,
     missing_folders,
     read_record,
     recorded_data,
@@ -84,6 +85,7 @@ def start_run(
                 with together(accelerator):
                     if accelerator.is_main_process:
                         write_config(folder, resolved, source)
+                        inherit_origin(resolved.training.start_from, folder)
                 return train(state, _monitors(config, monitors), progress)
             except BaseException:
                 if accelerator.is_main_process and state.step == 0:

@@ -91,11 +91,21 @@ def fit_weights(weights: Weights, model: Backbone) -> tuple[dict[str, Tensor], l
     wrong = differences(own, fitted, dtypes=False)
     wrong += [f"{name} is unknown" for name in weights if name not in own and _of_trunk(name)]
     if wrong:
-        raise UserError(f"the weights are of another transformer: {listed(wrong)}")
+        raise UserError(
+            f"the weights are of another transformer, {_shape(weights)}, and the model has {_shape(own)} "
+            f"(model.size): {listed(wrong)}"
+        )
     told += [f"{part} begins anew" for part in fresh]
     left_out = {name.partition(".")[0] for name in weights if name not in own} - {"y_embedder"}
     told += [f"{part} is left out" for part in sorted(left_out)]
     return {name: fitted[name].to(value) for name, value in own.items()}, told
+
+
+def _shape(weights: Weights) -> str:
+    """Depth and width, as far as names and shapes tell."""
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    embedder = weights.get("x_embedder.proj.weight")
+    return f"{len(blocks)} blocks" + ("" if embedder is None else f" of width {len(embedder)}")
 
 
 def _of_trunk(name: str) -> bool:

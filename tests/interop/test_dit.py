@@ -138,8 +138,11 @@ def test_sra_trains_dits_too(tmp_path: Path) -> None:
     """Its head beside a learned sigma."""
     model = network(out_channels=6, projection_head=True)
     torch.save({"ema": model.state_dict()}, tmp_path / "w.pt")
-    run = import_run(str(tmp_path / "w.pt"), tmp_path / "run", heads=HEADS, vae="")
-    assert run.config.model.backbone == "dit" and run.told == ("ap_head is left out",)
+    for project in (None, "sra", "dit"):
+        run = import_run(
+            str(tmp_path / "w.pt"), tmp_path / f"{project}", project, heads=HEADS, vae=""
+        )
+        assert run.config.model.backbone == "dit" and run.told == ("ap_head is left out",)
 
 
 def test_a_dit_takes_its_own_solvers_and_is_not_trained(

@@ -155,7 +155,14 @@ def test_the_card_says_what_the_weights_are(tmp_path: Path, small_run: Path) -> 
     run = imported(tmp_path, projection_head=True)
     folder = export_run(run, tmp_path / "out", "safetensors")
     card = (folder / "README.md").read_text()
-    for word in ("license: mit", "`sra`", "w.pt (from sra", "SiT.from_pretrained", "5 classes"):
+    for word in (
+        "license: mit",
+        "`sra`",
+        "none here",
+        "w.pt (from sra",
+        "SiT.from_pretrained",
+        "5 classes",
+    ):
         assert word in card
     trained = model_card(**card_facts(load_run(small_run), "CC0-1.0"))
     for word in ("`sra-dts-as`", "digits (fingerprint", "6 of batch 8", "held-out denoising loss"):

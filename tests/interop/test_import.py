@@ -14,6 +14,7 @@ from selfalign import SiT, UserError
 from selfalign.backbones.sit.sizes import Size
 from selfalign.cli import main
 from selfalign.hub import fetch_weights
+from selfalign.interop.card import card_facts
 from selfalign.interop.imported import import_run
 from selfalign.interop.released import build_sit
 from selfalign.runs.load import load_run
@@ -164,7 +165,7 @@ def test_what_does_not_fit_leaves_nothing(
 
 def test_a_run_starts_from_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = save(tmp_path / "w.pt", network(**DIGITS, projection_head=True))
-    import_run(str(file), tmp_path / "run", heads=HEADS)
+    import_run(str(file), tmp_path / "run", heads=HEADS, licence="CC-BY-NC-4.0")
     monkeypatch.setattr("selfalign.interop.released.SIZES", {"named": Size(24, 2, HEADS)})
     for start in (file, tmp_path / "run"):
         out = tmp_path / f"of {start.name}"
@@ -173,6 +174,10 @@ def test_a_run_starts_from_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         own = load_run(out, "raw").model.state_dict()
         first = load_run(tmp_path / "run").model.state_dict()
         assert all(torch.equal(own[name], first[name]) for name in first)
+        facts = card_facts(load_run(out))
+        assert facts["start"] == start.name and facts["steps"].startswith("2 of batch 8")
+        # The licence of weights goes with them.
+        assert facts["licence"] == ("" if start == file else "CC-BY-NC-4.0")
 
 
 def fitted(theirs: SiT, ours: SiT) -> tuple[SiT, list[str]]:
@@ -228,7 +233,8 @@ def test_other_channels_and_patches_get_new_borders() -> None:
 
 @pytest.mark.parametrize("changes", [{"depth": 3}, {"depth": 1}, {"hidden_size": 32}])
 def test_another_transformer_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="the weights are of another transformer: "):
+    theirs = "the weights are of another transformer, 2 blocks of width 24, and the model has "
+    with pytest.raises(UserError, match=theirs + r"\d blocks of width \d+ \(model.size\): "):
         fit_weights(network().state_dict(), network(seed=1, **changes))
 
 

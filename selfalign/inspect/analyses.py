@@ -33,5 +33,11 @@ def look(name: str, subject: "Subject", progress: "Progress") -> "Section":
         progress: told of long work.
     """
     module = importlib.import_module(f"selfalign.inspect.{name}")
-    section: Section = module.look(subject, progress)
+    section: Section
+    if subject.config.padded and not module.ABOUT.pads:
+        section = module.ABOUT.left_out(
+            "it looks at samples that are equally long, and these are not"
+        )
+    else:
+        section = module.look(subject, progress)
     return section

@@ -69,7 +69,8 @@ def attended(
     """The attention of blocks on a view, from the queries and keys of the network's own pass.
 
     Any backbone that calls torch's `scaled_dot_product_attention` once per block, or once per group where
-    it separates them, without a mask; SiT does where its operations are torch's, as they are here.
+    it separates them, without a mask; SiT does where its operations are torch's, as they are here. Of a
+    block with a module `attn` only that is watched: what else attends there attends to a caption.
 
     Args:
         model: in eval mode.
@@ -83,12 +84,9 @@ def attended(
     calls: dict[int, list[tuple[Tensor, ...]]] = {block: [] for block in blocks}
     current = 0
 
-    def enter(block: int) -> Callable[..., None]:
-        def note(module: nn.Module, inputs: Any) -> None:
-            nonlocal current
-            current = block
-
-        return note
+    def enter(block: int) -> None:
+        nonlocal current
+        current = block
 
     def tell(*call: Tensor) -> None:
         if current in calls:
@@ -100,11 +98,15 @@ def attended(
 
 
 @contextmanager
-def _hooks(model: Backbone, enter: Callable[[int], Callable[..., None]]) -> Iterator[None]:
-    handles = [
-        block.register_forward_pre_hook(enter(number))
-        for number, block in enumerate(model.blocks, 1)
-    ]
+def _hooks(model: Backbone, enter: Callable[[int], None]) -> Iterator[None]:
+    """Tells which block attends from now on, and 0 after it."""
+    handles = []
+    for place, block in enumerate(model.blocks, 1):
+        watched = getattr(block, "attn", block)
+        handles += [
+            watched.register_forward_pre_hook(lambda *_, place=place: enter(place)),
+            watched.register_forward_hook(lambda *_: enter(0)),
+        ]
     try:
         yield
     finally:

@@ -205,6 +205,7 @@ def look(subject: "Subject", progress: Progress) -> Section:
     highest = Estimate(loss.by_timestep[-1], loss.by_timestep_standard_errors[-1])
     progress("what a batch contains", 3, 3)
     shown = visits_per_image(config, len(train))
+    steps_a_visit = config.training.steps / shown
     visible, signal = float(found.visible.mean()), float(found.signal.mean())
     tokens = config.model.num_tokens
     visits, partitions, states = views[-1]
@@ -225,6 +226,11 @@ def look(subject: "Subject", progress: Progress) -> Section:
             "Context of a token",
             ("mean over tokens", "tokens"),
             [("attended to", (visible,)), ("clean tokens’ worth of signal", (signal,))],
+        ),
+        Table(
+            "Distinct views of an image after so many steps",
+            ("steps", "visits of the image", "partitions", "partitions and tenths of t"),
+            [(f"{round(n * steps_a_visit):,}", (n, parts, both)) for n, parts, both in views],
         ),
     ]
     return Section(

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 IMAGES = 128
+IMAGES_OF_A_CLASS = 4
+"""On average, at least: each is to have another one of its class."""
 SHARES = (0.125, 0.25, 0.375, 0.5)
 """Of the tokens, in the smaller of two separated groups."""
 PAIRS = 1_000
@@ -67,8 +69,9 @@ class Interventions:
 
     full: LossGrid
     separated: LossGrid
-    changes: Mapping[str, Float[Tensor, "T T M"]]
-    """ΔL by the names of NAMES."""
+    changes: Mapping[str, Float[Tensor, "T T m"]]
+    """ΔL by the names of NAMES. Of content, for the images that are not the only one of their class; left
+    out where all are."""
 
 
 def partners(labels: Int[Tensor, "M"]) -> Int[Tensor, "M"]:
@@ -99,7 +102,9 @@ def intervene(
         tick: told how many of all pairs are done.
     """
     count, first = len(levels), scene.groups.sizes[0]
-    others = scene.groups.sort(scene.groups.restore(scene.clean)[partners(scene.labels)])
+    partner = partners(scene.labels)
+    exchanged = partner != torch.arange(len(scene))
+    others = scene.groups.sort(scene.groups.restore(scene.clean)[partner])
     # Content of the other group, for the own group 0 and 1.
     mixed = [
         replace(scene, clean=torch.cat([scene.clean[:, :first], others[:, first:]], dim=1)),
@@ -128,14 +133,15 @@ def intervene(
             tick(i * count + j + 1, count * count)
     tables = {name: table / model.num_tokens for name, table in tables.items()}
     base = tables["separated" if scene.groups.separate else "full"]
+    changes = {
+        "cut": tables["separated"] - base,
+        "content": (tables["content"] - base)[:, :, exchanged],
+        "timestep": tables["timestep"] - base,
+    }
     return Interventions(
         LossGrid(tuple(levels), tables["full"]),
         LossGrid(tuple(levels), tables["separated"]),
-        {
-            "cut": tables["separated"] - base,
-            "content": tables["content"] - base,
-            "timestep": tables["timestep"] - base,
-        },
+        {name: change for name, change in changes.items() if change.numel()},
     )
 
 
@@ -211,7 +217,7 @@ ABOUT = About(
 def look(subject: "Subject", progress: Progress) -> Section:
     """ΔL of the interventions, and the mismatch between training and sampling."""
     model, config, split = subject.model, subject.config, subject.source.heldout
-    scene = make_scene(config, split, IMAGES, "interventions")
+    scene = make_scene(config, split, IMAGES, "interventions", classes=_classes(split))
     trained = "separated" if scene.groups.separate else "full"
     found = intervene(
         model, scene, LEVELS, tick=lambda done, of: progress("interventions", done, of)
@@ -231,6 +237,8 @@ def look(subject: "Subject", progress: Progress) -> Section:
         for share, found in found_by_share.items()
     }
     notes, distances = [], {}
+    if "content" not in found.changes:
+        notes.append("another image of the class: no class has two held-out images")
     if subject.encoder is None:
         notes.append("Fréchet distances: there is no classifier, and --features names no network")
     else:
@@ -293,6 +301,12 @@ def look(subject: "Subject", progress: Progress) -> Section:
             "frechet_distance": distances,
         },
     )
+
+
+def _classes(split: Split) -> Int[Tensor, "K"]:
+    """The classes of most images, so few that of most of them several images are shown."""
+    sizes = split.labels.bincount()
+    return sizes.argsort(descending=True, stable=True)[: IMAGES // IMAGES_OF_A_CLASS]
 
 
 def _change_charts(found: Interventions) -> list[Chart]:

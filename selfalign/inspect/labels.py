@@ -83,6 +83,7 @@ ABOUT = About(
     "one, on the same held-out images, timesteps and noise.",
     control="labels permuted between images, with which G must not be above zero; another seed of the "
     "same training.",
+    pads=True,
 )
 
 

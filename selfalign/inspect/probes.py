@@ -1,7 +1,7 @@
 """Linear probes: what a block's features tell about an image's class, at every timestep."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +13,7 @@ from selfalign.errors import UserError
 from selfalign.evaluation.config import Progress
 from selfalign.evaluation.estimate import Estimate, from_share
 from selfalign.inspect.features import chosen_blocks, mean_tokens, noised_images, untrained
-from selfalign.inspect.logistic import fit_and_predict
+from selfalign.inspect.logistic import FOLDS, fit_and_predict
 from selfalign.inspect.scenes import SEED, mean_of, read_images
 from selfalign.inspect.section import About, Section, Table
 from selfalign.network import Backbone, Tap
@@ -32,6 +32,8 @@ TIMESTEP = 0.1
 """Noise level of a single probe: little noise, as the network never sees none."""
 IMAGES = 2_000
 """Images of each split that are used at most."""
+MOST_CLASSES = 100
+"""Classes that are told apart at most, those of most images: of a thousand, so few images show nothing."""
 PIXELS = 1_024
 """Values of an image above which the pixel control averages patches until there are no more."""
 
@@ -47,26 +49,34 @@ class ProbeData:
     train_labels: Int[Tensor, "M"]
     heldout: Float[Tensor, "R C *sides"]
     labels: Int[Tensor, "R"]
+    classes: int
+    """Between which they are."""
 
     def shuffled(self) -> "ProbeData":
         """Training images with each other's labels: what a probe of nothing scores."""
         order = torch.randperm(
             len(self.train_labels), generator=make_generator(SEED, "probe labels")
         )
-        return ProbeData(self.train, self.train_labels[order], self.heldout, self.labels)
+        return replace(self, train_labels=self.train_labels[order])
 
 
 def probe_data(source: DataSource, images: int = IMAGES) -> ProbeData:
     """Images of both splits, the same for every model.
 
     Raises:
-        UserError: the data set has no two classes.
+        UserError: the data set has no two classes of enough images for cross-validation.
     """
-    if source.num_classes < 2:
-        raise UserError("a linear probe needs a data set with two classes or more")
+    sizes = source.train.labels.bincount()
+    classes = sizes.argsort(descending=True, stable=True)[:MOST_CLASSES]
+    classes = classes[sizes[classes] >= FOLDS]
+    if source.num_classes < 2 or len(classes) < 2:
+        raise UserError(
+            f"a linear probe needs a data set with two classes or more, of {FOLDS} images each or more"
+        )
     return ProbeData(
-        *read_images(source.train, images, "probe train"),
-        *read_images(source.heldout, images, "probe held-out"),
+        *read_images(source.train, images, "probe train", classes),
+        *read_images(source.heldout, images, "probe held-out", classes),
+        len(classes),
     )
 
 
@@ -151,10 +161,11 @@ ABOUT = About(
 
 def look(subject: "Subject", progress: Progress) -> Section:
     """Accuracy by block and timestep, of the model and of the controls."""
-    if subject.source.num_classes < 2:
-        return ABOUT.left_out("the data has no two classes")
-    model, path = subject.model, subject.config.flow.path
-    data, random = probe_data(subject.source, IMAGES), untrained(subject.model)
+    try:
+        data = probe_data(subject.source, IMAGES)
+    except UserError as error:
+        return ABOUT.left_out(error)
+    model, path, random = subject.model, subject.config.flow.path, untrained(subject.model)
     blocks: Sequence[Tap] = chosen_blocks(len(model.blocks))
     middle = blocks[len(blocks) // 2]
     done, total = 0, (2 * len(TIMESTEPS) + 1) * 2 * DRAWS
@@ -178,7 +189,7 @@ def look(subject: "Subject", progress: Progress) -> Section:
         ((b, t) for b in blocks for t in TIMESTEPS), key=lambda c: _mean(found[c[1]][c[0]])
     )
     best, gain = found[at][top], mean_of(found[at][top].double() - pixels[at].double())
-    chance = 1 / subject.source.num_classes
+    chance = 1 / data.classes
     findings = [
         f"Best at block {top}, t = {at:g}: {plus_minus(_share(best))} of {len(best)} held-out images, "
         f"{plus_minus(gain)} above the pixels at the same t (the best of all cells, so a little high).",
@@ -230,6 +241,7 @@ def look(subject: "Subject", progress: Progress) -> Section:
             "timesteps": list(TIMESTEPS),
             "train_images": len(data.train),
             "heldout_images": len(data.heldout),
+            "classes": data.classes,
             "accuracy": values,
             "random_weights": of_random,
             "pixels": [_mean(pixels[t]) for t in TIMESTEPS],

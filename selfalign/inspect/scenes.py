@@ -62,7 +62,12 @@ class Scene:
 
 
 def make_scene(
-    config: ResolvedConfig, split: Split, count: int, purpose: str, shares: Sequence[float] = ()
+    config: ResolvedConfig,
+    split: Split,
+    count: int,
+    purpose: str,
+    shares: Sequence[float] = (),
+    classes: Int[Tensor, "K"] | None = None,
 ) -> Scene:
     """Images of a split in two groups, as the config's partition has them.
 
@@ -75,11 +80,12 @@ def make_scene(
         count: how many images at most.
         purpose: names the draw: the same purpose gives the same images, groups and noise.
         shares: of the two groups' tokens; left out: the config's.
+        classes: those whose images are shown; left out: all.
 
     Raises:
         UserError: there are not two tokens to tell apart.
     """
-    x0, labels = read_images(split, count, purpose)
+    x0, labels = read_images(split, count, purpose, classes)
     grid, several = config.grid, config.num_groups > 1
     given = shares or (config.views.mask_ratios if several else PROBING)
     sizes = group_sizes((given[0], 1 - given[0]), grid.num_tokens)
@@ -99,10 +105,24 @@ def make_scene(
 
 
 def read_images(
-    split: Split, count: int, purpose: str
+    split: Split, count: int, purpose: str, classes: Int[Tensor, "K"] | None = None
 ) -> tuple[Float[Tensor, "M C *sides"], Int[Tensor, "M"]]:
-    """The first `count` images of an order that is the purpose's own, and their labels."""
+    """The first `count` images of an order that is the purpose's own, and their labels.
+
+    Args:
+        split: whose images.
+        count: how many at most.
+        purpose: names the order.
+        classes: those whose images are read; left out: all.
+
+    Raises:
+        UserError: the split has no image of these classes.
+    """
     order = torch.randperm(len(split), generator=make_generator(SEED, f"{purpose} images"))
+    if classes is not None:
+        order = order[torch.isin(split.labels[order], classes)]
+        if not len(order):
+            raise UserError(f"{purpose}: there is no image of the {len(classes)} classes")
     return split.read(order[:count].tolist())
 
 

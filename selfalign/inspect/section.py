@@ -29,6 +29,8 @@ class About:
     """What is computed."""
     control: str = ""
     """What the numbers are to be compared with."""
+    pads: bool = False
+    """Whether samples that end early can be looked at."""
 
     def left_out(self, reason: object) -> "Section":
         """The section of a model that it says nothing about."""

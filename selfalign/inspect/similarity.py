@@ -23,11 +23,16 @@ if TYPE_CHECKING:
     from selfalign.inspect.subject import Subject
 
 IMAGES = 600
+LEAST_IMAGES = 500
+"""Below which the page says that they are few."""
 NEIGHBOURS = 10
 TIMESTEP = 0.3
 TEACHER_TIMESTEP = 0.2
 """Where the teacher is compared: SRA's lies below the student's by 0.1 on average."""
 PERMUTATIONS = 10
+
+Measure = Callable[[Tensor, Tensor], float]
+"""Of two kernel matrices."""
 
 
 def gram(features: Float[Tensor, "M D"]) -> Float[Tensor, "M M"]:
@@ -117,24 +122,31 @@ def likeness(first: Float[Tensor, "M D"], second: Float[Tensor, "M Z"]) -> Liken
         for number in range(PERMUTATIONS)
     ]
 
-    def estimate(measure: Callable[[Tensor, Tensor], float]) -> Estimate:
+    def estimate(measure: Measure) -> Estimate:
         return from_jackknife(measure(one, two), [measure(of(one, k), of(two, k)) for k in kept])
 
-    def chance(measure: Callable[[Tensor, Tensor], float]) -> float:
+    def chance(measure: Measure) -> float:
         return max(measure(one, of(two, order)) for order in orders)
 
     return Likeness(estimate(_cka), estimate(_cknna), chance(_cka), chance(_cknna))
 
 
 def between(
-    first: Mapping[Tap, Float[Tensor, "M D"]], second: Mapping[Tap, Float[Tensor, "M Z"]]
+    first: Mapping[Tap, Float[Tensor, "M D"]],
+    second: Mapping[Tap, Float[Tensor, "M Z"]],
+    measure: Measure = _cka,
 ) -> list[list[float]]:
-    """Linear CKA of every block of the first network with every block of the second."""
+    """How alike every block of the first network is to every block of the second.
+
+    Args:
+        first, second: features of the same images, by block.
+        measure: of two kernel matrices; left out: linear CKA.
+    """
     kernels = (
         [gram(features) for features in first.values()],
         [gram(features) for features in second.values()],
     )
-    return [[_cka(one, two) for two in kernels[1]] for one in kernels[0]]
+    return [[measure(one, two) for two in kernels[1]] for one in kernels[0]]
 
 
 ABOUT = About(
@@ -177,6 +189,10 @@ def look(subject: "Subject", progress: Progress) -> Section:
         f"block {middle} with random weights": (own[middle], fresh[middle]),
     }
     notes = []
+    if len(x0) < LEAST_IMAGES:
+        notes.append(
+            f"{len(x0)} images are few for CKNNA, which {LEAST_IMAGES} and more make steady"
+        )
     if twin:
         pairs |= {
             f"block {block}, ceiling: with another seed": (own[block], twin[0][block])
@@ -197,6 +213,7 @@ def look(subject: "Subject", progress: Progress) -> Section:
         return {block: features[block] for block in blocks}
 
     itself = between(of_blocks(own), of_blocks(own))
+    nearest = between(of_blocks(own), of_blocks(own), _cknna)
     crossed = between(of_blocks(student), of_blocks(teacher))
     names = [str(block) for block in blocks]
     charts = [
@@ -204,6 +221,11 @@ def look(subject: "Subject", progress: Progress) -> Section:
             "Between the model’s blocks",
             heat_map(itself, names, names, "block", "block", "Linear CKA between blocks"),
             f"Linear CKA at t = {TIMESTEP:g}.",
+        ),
+        Chart(
+            "The same among nearest neighbours",
+            heat_map(nearest, names, names, "block", "block", "CKNNA between blocks"),
+            f"CKNNA over {NEIGHBOURS} neighbours at t = {TIMESTEP:g}.",
         ),
         Chart(
             "Student and teacher",
@@ -229,6 +251,7 @@ def look(subject: "Subject", progress: Progress) -> Section:
             "images": len(x0),
             "blocks": blocks,
             "between_blocks": itself,
+            "between_blocks_cknna": nearest,
             "student_teacher": crossed,
             "pairs": measured,
         },

@@ -148,6 +148,11 @@ def open_subject(
             )
         subject = _of_run(path, weights, step, given if not own else given.get("root"), device)
         twin = None if beside is None else load_run(beside, weights, device).model
+    if subject.model.predicts != "velocity":
+        raise UserError(
+            f"{path} predicts {subject.model.predicts} at diffusion steps of its own, and what is looked "
+            "into predicts velocities (Eq. 2): it can be sampled and evaluated"
+        )
     if twin is not None:
         _require_alike(beside, subject.model, twin)
     encoder = _encoder(features, subject.config, subject.source)

@@ -30,6 +30,8 @@ GAUSSIAN_IMAGES = 5_000
 GAUSSIAN_VALUES = 1_024
 """Values of an image for which a covariance of all of them is small enough."""
 GAUSSIAN_PARTITIONS = 2
+LEAST_GAIN = 0.01
+"""Share of the best linear denoiser's largest gain below which nothing is divided by its gain."""
 JITTER = 1e-10
 """Share of the mean variance by which the covariance is raised: pixels may be constant."""
 
@@ -133,7 +135,10 @@ def gaussian_loss(
 def within_class_covariance(
     source: DataSource, grid: TokenGrid, count: int = GAUSSIAN_IMAGES
 ) -> Float[Tensor, "N P N P"] | None:
-    """Covariance of the training images' tokens about their class's mean; None where it would be too large.
+    """Covariance of the training images' tokens about their class's mean.
+
+    None where it would be too large, or where the images are too few to show it: fewer, beyond one of each
+    class, than an image has values.
 
     Args:
         source: the data set.
@@ -144,12 +149,12 @@ def within_class_covariance(
     tokens = grid.patchify(x0).double()
     shape = tokens.shape[1:]
     values = tokens.flatten(1)
-    if values.shape[1] > GAUSSIAN_VALUES:
-        return None
     classes = labels.unique()
+    if not len(values) - len(classes) >= values.shape[1] <= GAUSSIAN_VALUES:
+        return None
     for label in classes:
         values[labels == label] -= values[labels == label].mean(dim=0)
-    return (values.T @ values / max(1, len(values) - len(classes))).reshape(*shape, *shape)
+    return (values.T @ values / (len(values) - len(classes))).reshape(*shape, *shape)
 
 
 def gaussian_gain(
@@ -204,7 +209,9 @@ def look(subject: "Subject", progress: Progress) -> Section:
     lines = [Series("this model, full attention", 1, list(zip(LEVELS, gain, strict=True)))]
     share, notes = None, []
     if linear is None:
-        notes.append("the best linear denoiser: images are too large for their covariance")
+        notes.append(
+            "the best linear denoiser: images are too large for their covariance, or too few"
+        )
     else:
         known = [Estimate(value, 0.0) for value in linear]
         lines.append(Series("best linear denoiser", 0, list(zip(LEVELS, known, strict=True))))
@@ -247,14 +254,23 @@ def look(subject: "Subject", progress: Progress) -> Section:
             lines,
         ),
     ]
+    shares = _shares_of(gain, linear)
     rows = [
         (
             f"{t:.2f}",
-            [mean_of(full.errors[i, j]) for j in (i, 0, -1)] + [mean_of(apart.errors[i, i])],
+            [
+                *(mean_of(full.errors[i, j]) for j in (i, 0, -1)),
+                mean_of(apart.errors[i, i]),
+                gain[i],
+                shares[i],
+            ],
         )
         for i, t in enumerate(LEVELS)
     ]
-    columns = ("own t", "other at t", "other clean", "other noise", "separated attention")
+    columns = (
+        *("own t", "other at t", "other clean", "other noise", "separated attention"),
+        *("U", "U over the best linear denoiser’s"),
+    )
     return Section(
         ABOUT,
         findings,
@@ -272,8 +288,22 @@ def look(subject: "Subject", progress: Progress) -> Section:
             "mean_context_gain": mean_gain,
             "context_gain_linear": linear,
             "share_of_linear": share,
+            "share_of_linear_by_t": shares,
         },
     )
+
+
+def _shares_of(
+    gain: Sequence[Estimate], linear: Sequence[float] | None
+) -> Sequence[Estimate | None]:
+    """U over that of the best linear denoiser at every own t; None where it is not known or gains nothing."""
+    if linear is None:
+        return [None] * len(gain)
+    least = LEAST_GAIN * max(linear)
+    return [
+        Estimate(of.value / known, of.standard_error / known) if known > least else None
+        for of, known in zip(gain, linear, strict=True)
+    ]
 
 
 def _separated_line(model: Backbone, scene: Scene) -> LossGrid:

@@ -8,6 +8,7 @@ from known import Analytic, correlated, gaussian_posterior, gaussian_source
 from support import resolved, small_model
 from torch import nn
 
+from selfalign import build_student
 from selfalign.errors import UserError
 from selfalign.inspect.attention import (
     attended,
@@ -97,6 +98,16 @@ def test_values_count_by_what_they_add_to_the_output(scene):
     joined = one_head.transpose(1, 2).flatten(2)
     known = (projection(joined) - projection.bias).norm(dim=2)
     assert torch.allclose(norms[:, 1], known)
+
+
+def test_attention_to_a_caption_is_another(scene):
+    """Only the attention among tokens is watched, however long the caption is."""
+    changes = {"model.condition": "text", "conditions.text.length": TOKENS, "model.size": "tiny/1"}
+    config = resolved("sra-dts", changes, channels=1, image_size=(SIDE, SIDE), num_classes=3)
+    model = build_student(config).double().eval()
+    model.describe(["one", "two", "three"])
+    found = _seen(model, scene)[1]
+    assert (found.weights @ found.values - found.output).abs().max() < 1e-6
 
 
 def test_own_and_other_group_count_by_their_tokens(scene):

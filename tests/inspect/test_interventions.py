@@ -1,5 +1,7 @@
 """Interventions: exactly nothing on separated models, and what is known on others."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from known import Analytic, correlated, gaussian_posterior, gaussian_source
@@ -68,6 +70,17 @@ def test_partners_are_of_the_class():
     labels = torch.tensor([0, 1, 0, 2, 1, 0])
     found = partners(labels)
     assert torch.equal(labels[found], labels) and found.tolist() == [2, 4, 5, 3, 1, 0]
+
+
+def test_content_is_of_images_that_have_a_partner():
+    """The only image of its class shows itself, which says nothing of content."""
+    _, _, scene = _scene("sra-dts", images=6)
+    labels = torch.tensor([0, 1, 0, 2, 3, 4])
+    found = intervene(_model(), replace(scene, labels=labels), LEVELS).changes
+    assert found["cut"].shape[2] == 6 and found["content"].shape[2] == 2
+    assert (found["content"] != 0).all()
+    alone = intervene(_model(), replace(scene, labels=torch.arange(6)), LEVELS)
+    assert set(alone.changes) == {"cut", "timestep"}
 
 
 def test_separation_costs_what_it_hides():

@@ -5,8 +5,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import SMALL
 from reading import WIDTHS, assert_fits, assert_outline, assert_pictures, opened, smallest_text
 from safetensors.torch import save_file
 from support import resolved
@@ -226,6 +228,26 @@ class TestOtherRuns:
         text = (tmp_path / "run" / "inspect" / "report.html").read_text()
         assert "Left out: the model or its data has no two classes." in text
         assert "This recipe aligns nothing" in text
+
+    def test_samples_of_unequal_lengths(self, tmp_path):
+        """What looks at tokens leaves out those that are not there, and says so."""
+        generator = np.random.default_rng(0)
+        arrays = {"samples": generator.normal(size=(60, 2, 12)), "labels": np.arange(60) % 3}
+        np.savez(tmp_path / "a.npz", **arrays, lengths=3 + np.arange(60) % 10)
+        changes = {
+            **SMALL,
+            "data.name": "arrays",
+            "data.root": str(tmp_path / "a.npz"),
+            "data.sources.arrays.lengths": "lengths",
+            "training.steps": 2,
+        }
+        run = tmp_path / "run"
+        start_run(recipe("sra-dts-as", changes), run, lambda state, values: None, monitors=())
+        assert main(["inspect", str(run), "--only", "timesteps", "labels"]) == 0
+        text = (run / "inspect" / "report.html").read_text()
+        assert text.count("Left out: it looks at samples that are equally long") == 1
+        numbers = json.loads((run / "inspect" / "labels.json").read_text())
+        assert numbers["this model"]["overall"] is not None
 
 
 class TestRunsSideBySide:

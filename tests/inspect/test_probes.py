@@ -87,6 +87,23 @@ class TestProbes:
         with pytest.raises(UserError, match="two classes"):
             linear_probe(small_model(dtype=torch.float32), unlabelled, "linear", 1)
 
+    def test_between_the_largest_classes(self, monkeypatch):
+        """Of many classes those of most images; none too small for cross-validation."""
+        source = _source(informative=True)
+        labels = torch.tensor([0] * 4 + [1] * 50 + [2] * 6 + [3] * 40 + [4] * 100)
+        train = dataclasses.replace(source.train, labels=labels)
+        heldout = dataclasses.replace(source.heldout, labels=torch.arange(100) % 5)
+        names = ("a", "b", "c", "d", "e")
+        many = dataclasses.replace(source, train=train, heldout=heldout, class_names=names)
+        assert probe_data(many).classes == 4
+        monkeypatch.setattr("selfalign.inspect.probes.MOST_CLASSES", 3)
+        data = probe_data(many)
+        assert data.classes == 3 and len(data.train) == 190 and len(data.heldout) == 60
+        assert set(data.train_labels.tolist()) == set(data.labels.tolist()) == {1, 3, 4}
+        alone = dataclasses.replace(many, train=MemorySplit(train.images, torch.arange(200)))
+        with pytest.raises(UserError, match="of 5 images each"):
+            probe_data(alone)
+
     def test_controls(self):
         """Pixels tell bright from dark until there is only noise; shuffled labels teach nothing."""
         data = probe_data(_source(informative=True))

@@ -72,3 +72,5 @@ def test_between_all_blocks():
     table = between(x, x)
     assert table[0][0] == pytest.approx(1) and table[0][1] == pytest.approx(table[1][0])
     assert table[0][1] == pytest.approx(linear_cka(x[1], x[2]))
+    local = between(x, x, lambda one, two: float((one * two).sum()))
+    assert local[0][1] == pytest.approx(local[1][0]) and local[0][0] != pytest.approx(1)

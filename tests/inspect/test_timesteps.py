@@ -88,12 +88,20 @@ class TestGaussianPosterior:
         _, source, config, _ = _gaussian(images=10)
         assert within_class_covariance(source, config.grid) is None
 
+    def test_it_is_left_out_where_images_are_few(self):
+        """Nine values take nine images beyond one of each class."""
+        _, source, config, _ = _gaussian(images=9)
+        assert within_class_covariance(source, config.grid) is None
+        _, source, config, _ = _gaussian(images=10)
+        assert within_class_covariance(source, config.grid) is not None
+
 
 class TestSeparated:
     def test_the_loss_is_constant_in_the_others_timestep_bit_for_bit(self):
         _, _, _, scene = _gaussian(images=20)
         model = small_model(dtype=torch.float32, channels=1, image_size=(SIDE, SIDE)).eval()
-        grid = loss_grid(model, scene.separated(True), LEVELS).errors
+        grid = loss_grid(model, scene.separated(True)).errors
+        assert grid.shape == (10, 10, 20)
         assert torch.equal(grid, grid[:, :1].expand_as(grid))
         full = loss_grid(model, scene.separated(False), LEVELS).errors
         assert not torch.equal(full, full[:, :1].expand_as(full))

@@ -163,10 +163,15 @@ def test_a_dit_takes_its_own_solvers_and_is_not_trained(
         load_run(run_folder).model.velocity(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1))
 
 
-def test_a_dit_is_evaluated(tmp_path: Path) -> None:
+def test_a_dit_is_evaluated_and_not_looked_into(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = network(channels=1, out_channels=2, num_classes=10)
     torch.save(model.state_dict(), tmp_path / "w.pt")
     data = {"name": "digits"}
     import_run(str(tmp_path / "w.pt"), tmp_path / "run", "dit", heads=HEADS, data=data)
     words = ["--num", "20", "--metrics", "precision-recall", "--solver", "ddim", "--steps", "2"]
     assert main(["evaluate", str(tmp_path / "run"), *words]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "run")]) == 2
+    assert "predicts noise at diffusion steps of its own" in capsys.readouterr().err

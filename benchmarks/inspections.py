@@ -1,6 +1,6 @@
 """Look into several runs of a study, and put what matters of each analysis into one table.
 
-    python benchmarks/inspections.py STUDY OUT.json VARIANT … [--seeds 0 1] [--only NAME …]
+    python benchmarks/inspections.py STUDY OUT.json VARIANT … [--seeds 0 1] [--only NAME …] [--fraction 0.25]
 
 Every run is looked into beside the next of the seeds, which gives the ceilings. Analyses that a run's folder
 `inspect` has already are not repeated, so that a stopped command goes on. Prints the tables of
@@ -14,10 +14,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from selfalign.inspect import attention, interventions, labels, timesteps
 from selfalign.inspect.analyses import ANALYSES
 from selfalign.inspect.page import FOLDER, inspect
 from selfalign.inspect.subject import open_subject
 from selfalign.records import write_json
+
+COUNTS = (
+    (timesteps, "IMAGES"),
+    (attention, "IMAGES"),
+    (interventions, "IMAGES"),
+    (interventions, "PAIRS"),
+    (interventions, "SAMPLES"),
+    (labels, "PAIRS"),
+)
+"""What grows with the time of an analysis, and shrinks by --fraction."""
 
 Found = Mapping[str, Any]
 """The numbers of each analysis of a run, by its name."""
@@ -185,7 +196,10 @@ def main() -> None:
     parser.add_argument("variants", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--only", nargs="+", choices=list(ANALYSES), default=list(ANALYSES))
+    parser.add_argument("--fraction", type=float, default=1.0, help="of images, pairs and samples")
     given = parser.parse_args()
+    for module, count in COUNTS:
+        setattr(module, count, round(given.fraction * getattr(module, count)))
     numbers: dict[str, dict[str, list[float]]] = {}
     by_variant: dict[str, list[Found]] = {variant: [] for variant in given.variants}
     for seed, other in zip(given.seeds, given.seeds[1:] + given.seeds[:1], strict=True):

@@ -10,8 +10,7 @@ from rich.table import Table
 
 from selfalign.cli.console import console, parse
 from selfalign.errors import UserError
-
-ABSENT = "–"
+from selfalign.pages.settings import ABSENT, flatten, shown
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,6 @@ def _settings(place: Path) -> dict[str, str]:
     """All settings of a run or a file, flat and as text; of a run its data and version too."""
     from selfalign.config import config_to_dict
     from selfalign.config_file import read_values, tree_of
-    from selfalign.pages.settings import flatten, shown
 
     if not place.exists():
         raise UserError(f"{place} does not exist: allowed are a run's folder and a config file")
@@ -68,4 +66,4 @@ def _settings(place: Path) -> dict[str, str]:
     flat |= {
         name: values[name] for name in ("data_fingerprint", "selfalign_version") if name in values
     }
-    return {name: shown(value) for name, value in flat.items()}
+    return {name: shown(name, value) for name, value in flat.items()}

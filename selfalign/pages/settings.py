@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+ABSENT = "–"
+"""What stands for a setting that a run does not have."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -21,7 +24,12 @@ def compare(trees: Mapping[str, Mapping[str, Any]]) -> Settings:
         trees: flat ones by run, from `flatten`.
     """
     names = list(dict.fromkeys(name for tree in trees.values() for name in tree))
-    values = {name: {run: shown(tree.get(name)) for run, tree in trees.items()} for name in names}
+    values = {
+        name: {
+            run: shown(name, tree[name]) if name in tree else ABSENT for run, tree in trees.items()
+        }
+        for name in names
+    }
     same = {name for name in names if len(set(values[name].values())) == 1}
     return Settings(
         shared={name: next(iter(values[name].values())) for name in names if name in same},
@@ -42,10 +50,15 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def shown(value: Any) -> str:
-    """A setting as people read it."""
+def shown(name: str, value: Any) -> str:
+    """A setting as people read it.
+
+    Args:
+        name: with its dots; what is left out of the model's settings comes from the data.
+        value: as `flatten` gives it.
+    """
     if value is None:
-        return "from the data"
+        return "from the data" if name.startswith("model.") else "none"
     if isinstance(value, list):
-        return " ".join(map(shown, value)) or "none"
+        return " ".join(shown(name, part) for part in value) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

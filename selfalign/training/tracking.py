@@ -126,7 +126,7 @@ class Metrics:
 
     def _show_settings(self, step: int, tree: Mapping[str, Any]) -> None:
         """As a text, where a tracker has no place for a run's settings that costs no time."""
-        rows = "\n".join(f"    {name}: {shown(value)}" for name, value in tree.items())
+        rows = "\n".join(f"    {name}: {shown(name, value)}" for name, value in tree.items())
         for tracker in self._accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.log({"config": rows}, step=step)

@@ -55,7 +55,7 @@ class LossGrid:
         return self.errors[:, -1] - self.errors[:, 0]
 
     def mean_gain(self) -> Estimate:
-        """Mean of U over t."""
+        """Mean of U over the own timesteps above 0: a token without noise has nothing to gain."""
         return mean_of(_over_t(self.gain_by_image, self.levels))
 
     def by_gap(self) -> list[tuple[float, Estimate]]:
@@ -224,7 +224,7 @@ def look(subject: "Subject", progress: Progress) -> Section:
     ]
     findings = [
         "With full attention, clean tokens in the other group instead of pure noise lower a token’s loss by "
-        f"{plus_minus(mean_gain)} on average over t"
+        f"{plus_minus(mean_gain)} on average over own t > 0"
         + (
             "."
             if share is None
@@ -313,6 +313,7 @@ def _separated_line(model: Backbone, scene: Scene) -> LossGrid:
 
 
 def _over_t(values: Float[Tensor, "T *rest"], levels: Sequence[float]) -> Float[Tensor, "*rest"]:
-    """Mean over t, by trapezoids between the levels."""
+    """Mean over the levels above 0, by trapezoids between them."""
     t = torch.tensor(levels, dtype=values.dtype)
+    values, t = values[t > 0], t[t > 0]
     return torch.trapezoid(values, t, dim=0) / (t[-1] - t[0])

@@ -4,6 +4,7 @@ What a header declares must be there. A `.npz` is a zip archive of `.npy` member
 must be there too, and its checksums must hold. Nothing is unpickled.
 """
 
+import contextlib
 import math
 import warnings
 import zipfile
@@ -123,6 +124,65 @@ class Npz(Mapping[str, Array]):
         start = member.header_offset + 30 + sum(lengths)
         order = "F" if fortran else "C"
         return np.memmap(self.path, dtype, "r", start + header, shape, order)  # type: ignore[call-overload]
+
+
+class Hdf5(Mapping[str, Array]):
+    """The data sets at the top of an HDF5 file, each read when it is asked for.
+
+    Links to other files, and data that is kept in others, are not followed: what a file says must be in it.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UserError: h5py is not installed, or the file is none of HDF5; on access also: it is damaged,
+            or larger than it can be.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import h5py
+        except ImportError as error:
+            raise UserError(
+                f"{path} needs h5py: pip install 'selfalign[arrays]', or save it as .npz"
+            ) from error
+        self.path, self._open = path, h5py.File
+        with self._reading("it") as file:
+            inside = [
+                name for name in file if isinstance(file.get(name, getlink=True), h5py.HardLink)
+            ]
+            self.names = [name for name in inside if isinstance(file[name], h5py.Dataset)]
+
+    @contextlib.contextmanager
+    def _reading(self, what: str) -> Iterator[Any]:
+        try:
+            if not self.path.is_file():  # a pipe would wait for a writer
+                raise ValueError("there is no such file")
+            with self._open(self.path, "r") as file:
+                yield file
+        except Exception as error:  # HDF5 raises whatever its filters do
+            raise UserError(f"{self.path} cannot be read: {what}: {_said(error)}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:  # without reading it
+        return name in self.names
+
+    def __getitem__(self, name: str) -> Array:
+        with self._reading(name) as file:
+            held = file[name]
+            if held.external or held.is_virtual:
+                raise ValueError("its data is in other files")
+            if held.shape is None:
+                raise ValueError("it is empty")
+            stored = held.id.get_storage_size()
+            if held.nbytes > max(SUSPICIOUS_BYTES, SUSPICIOUS_RATIO * stored):
+                raise ValueError(f"{stored:,} bytes make {held.nbytes:,}, too many to be samples")
+            return np.asarray(held[()])
 
 
 def _read_header(stream: IO[bytes], size: int) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

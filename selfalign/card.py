@@ -70,7 +70,7 @@ def model_card(
         rows.append(("weights it came from", came))
         rows.append(("their licence", origin["licence"] or NOT_STATED))
     rows.append(("licence", licence or NOT_STATED))
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows)
     parts = [
         "\n".join([*head, "---"]),
         "# A diffusion transformer",
@@ -84,3 +84,9 @@ def model_card(
         settings = json.dumps(config, indent=2)
         parts += ["## Settings", f"```json\n{settings}\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text as a cell of Markdown's tables: one line, whose bars and tags are no markup."""
+    line = " ".join(text.split())
+    return line.replace("|", "\\|").replace("<", "&lt;")

@@ -51,7 +51,9 @@ class TextEncoder(nn.Module):
         """
         known = list(captions[: self.num_classes])
         known += [""] * (self.num_classes - len(known))
-        self._remember([*known, "", *prompts])
+        # Names of files and arguments may hold what is no text, which no tokenizer takes.
+        told = [text.encode(errors="replace").decode() for text in (*known, "", *prompts)]
+        self._remember(told)
 
     def _remember(self, captions: Sequence[str]) -> None:
         raise NotImplementedError

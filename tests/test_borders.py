@@ -28,7 +28,10 @@ from PIL import Image
 from study.synthetic import write_synthetic_study
 
 from selfalign.arrays import Npz, read_npy
+from selfalign.backbones.diffusers import DIT, _settings
+from selfalign.backbones.diffusers.model import load_folder
 from selfalign.cli import main
+from selfalign.config_file import read_config
 from selfalign.data.contents import Contents, read_contents, write_contents
 from selfalign.data.files import read_cifar10, read_mnist
 from selfalign.data.images import read_image
@@ -42,8 +45,9 @@ from selfalign.errors import UserError
 from selfalign.evaluation.inputs import open_images
 from selfalign.evaluation.record import _read_sampling
 from selfalign.evaluation.reference import open_reference
+from selfalign.interop.card import _metrics
 from selfalign.records import read_json
-from selfalign.runs.folder import read_record
+from selfalign.runs.folder import read_origin, read_record
 from selfalign.sections import DataConfig
 from selfalign.study.grid_file import load_grid
 from selfalign.study.plan import read_study
@@ -75,6 +79,14 @@ def _images(path: Path) -> None:
     images.read(range(len(images)))
 
 
+NARROW = {"num_attention_heads": 2, "attention_head_dim": 8, "norm_num_groups": 2}
+
+
+def _diffusers(folder: Path) -> None:
+    _settings.__wrapped__(str(folder), "folder")
+    load_folder(str(folder), DIT)
+
+
 def _variance(results: StudyResults) -> None:
     found = results.pair_errors(results.done, "heldout_loss")
     if found is not None:
@@ -96,6 +108,18 @@ def make_borders(folder: Path, run: Path) -> Iterator[tuple[str, Border]]:
     shutil.copy(checkpoint / "ema.safetensors", weights)
     yield "weights", Border(weights, lambda: read_safetensors(weights))
     yield "metrics.jsonl", Border(run / "metrics.jsonl", lambda: read_metrics(run))
+    origin, measured = run / "imported.json", run / "evaluation.json"
+    origin.write_text('{"file": "a.pt", "sha256": "0", "from": "sit", "licence": ""}')
+    yield "imported.json", Border(origin, lambda: read_origin(run), True)
+    measured.write_text('{"metrics": {"fd": {"value": 1.5}}}')
+    yield "evaluation.json", Border(measured, lambda: _metrics(run), True)
+    settings_file = folder / "settings.yaml"
+    settings_file.write_text("recipe: sra\nseed: 3\ntraining: {steps: 5, learning_rate: 0.1}\n")
+    yield "settings", Border(settings_file, lambda: read_config(settings_file), True)
+    theirs = folder / "dit" / "config.json"
+    theirs.parent.mkdir()
+    theirs.write_text(json.dumps({"_class_name": DIT, "num_layers": 2, "sample_size": 8, **NARROW}))
+    yield "diffusers", Border(theirs, lambda: _diffusers(theirs.parent), True)
 
     images = folder / "images"
     for number in range(8):
@@ -200,7 +224,21 @@ def make_borders(folder: Path, run: Path) -> Iterator[tuple[str, Border]]:
 
 BORDERS = (
     *("config.json", "latest", "monitored", "state.json", "checksums.json", "weights"),
-    *("metrics.jsonl", "png", "jpg", "gif", "bmp", "tif", "webp", "manifest.json", "index.npy"),
+    *(
+        "metrics.jsonl",
+        "imported.json",
+        "evaluation.json",
+        "settings",
+        "diffusers",
+        "png",
+        "jpg",
+        "gif",
+        "bmp",
+        "tif",
+        "webp",
+        "manifest.json",
+        "index.npy",
+    ),
     *("shard-00000.xxh3", "plan.json", "shard.json", "dataset.json", "data.json.gz", "tar"),
     *("sampling.json", "npy", "npz", "statistics", "idx.gz", "cifar", "study.json", "result.json"),
     *("errors", "report.json", "grid"),

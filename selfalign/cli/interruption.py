@@ -21,6 +21,8 @@ GO_ON = {
     "sample": "nothing was written; the same command makes the same samples",
     "evaluate": "finished samples are kept; the same command goes on",
     "prepare": "finished files are kept; the same command goes on",
+    "import": "nothing was written; the same command makes the same run",
+    "export": "nothing was written; the same command writes the same files",
     "inspect": "numbers of finished analyses are kept; the same command makes the rest and the page",
     "report": "nothing was written; the same command makes the same page",
     "study": "its runs stop at checkpoints; the same command goes on",

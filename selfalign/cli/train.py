@@ -277,15 +277,17 @@ def _report(state: Any) -> int:
     from selfalign.runs.folder import read_record
     from selfalign.training.tracking import read_metrics
 
+    stopped = state.step < state.config.training.steps
+    code = 128 + (state.stopped_by or 0) if stopped else 0
     if not state.accelerator.is_main_process:
-        return 0
+        return code
     folder = state.folder
-    if state.step < state.config.training.steps:
+    if stopped:
         console.print(
             f"stopped after step {state.step} of {state.config.training.steps}; checkpoint written. "
             f"Go on with: selfalign train --resume {folder}"
         )
-        return 128 + (state.stopped_by or 0)
+        return code
     config = read_record(folder).config
     metrics = read_metrics(folder)
     last = next((line for line in reversed(metrics) if "loss" in line), None)

@@ -1,11 +1,14 @@
 """What a model card says of a run."""
 
+import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from selfalign.config import config_to_dict
 from selfalign.recipes import RECIPES, nearest_recipe
-from selfalign.records import read_plain
+from selfalign.records import convert, read_plain
 from selfalign.runs.folder import read_origin
 from selfalign.runs.load import LoadedRun
 from selfalign.training.tracking import read_metrics
@@ -37,6 +40,16 @@ def card_facts(run: LoadedRun, licence: str = "") -> dict[str, Any]:
     }
 
 
+class _Estimate(msgspec.Struct):
+    value: float
+
+
+class _Evaluation(msgspec.Struct):
+    """Of evaluation.json, what a card says."""
+
+    metrics: dict[str, _Estimate]
+
+
 def _steps(run: LoadedRun, is_further: bool) -> str:
     """How many were trained here; those of weights that came from elsewhere are not known."""
     if is_further and not run.step:
@@ -52,8 +65,9 @@ def _metrics(folder: Path) -> dict[str, str]:
     if heldout is not None:
         found["held-out denoising loss, EMA"] = f"{heldout['heldout_ema']:.4f}"
     path = folder / "evaluation.json"
-    if path.is_file():
-        metrics = read_plain(path, finite=False).get("metrics", {})
-        for name, estimate in metrics.items():
-            found[name.replace("_", " ")] = f"{estimate['value']:.4g}"
+    if os.path.lexists(path):
+        plain = read_plain(path, finite=False)
+        held = convert(plain, _Evaluation, f"{path} cannot be read")
+        for name, estimate in held.metrics.items():
+            found[name.replace("_", " ")] = f"{estimate.value:.4g}"
     return found

@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,16 @@ from selfalign.interop.files import read_weights, stated_project
 from selfalign.interop.released import Dimensions, Source, recognise, translate
 from selfalign.recipes import recipe
 from selfalign.records import write_json
-from selfalign.runs.folder import CHECKPOINTS, ORIGIN, refuse_used, write_config, write_record
+from selfalign.runs.folder import (
+    CHECKPOINTS,
+    ORIGIN,
+    empty,
+    missing_folders,
+    refuse_used,
+    remove_empty,
+    write_config,
+    write_record,
+)
 from selfalign.student import build_student
 from selfalign.training.checkpoint import CheckpointState, save_checkpoint
 from selfalign.training.starting import Start, load_start
@@ -80,7 +90,9 @@ def import_run(
     path = fetch_weights(file)
     weights = read_weights(path)
     fitting = recognise(weights)
-    project = project or stated_project(path) or (fitting[0] if len(fitting) == 1 else None)
+    stated = stated_project(path)
+    project = project or (stated if stated in PROJECTS else None)
+    project = project or (fitting[0] if len(fitting) == 1 else None)
     if project is None:
         raise UserError(
             f"{file} has the layout of {' and '.join(fitting)}, which mean different things by it: "
@@ -113,16 +125,29 @@ def import_run(
     told = load_start(Start(raw, ema), student, {})
     average = build_student(resolved)
     load_start(Start(ema, ema), average, {})
-    with locked(folder, "is in use: another process writes it"):
-        optimizer = make_optimizer(resolved, student)
-        state = CheckpointState(0, optimizer=resolved.training.optimizer)
-        save_checkpoint(folder / CHECKPOINTS, student, average, optimizer, state, keep=1)
-        write_json(folder / ORIGIN, _origin(file, path, project, licence))
-        if source is None:
-            write_record(folder, resolved, "none", ())
-        else:
-            write_config(folder, resolved, source)
+    made = missing_folders(folder)
+    try:
+        with locked(folder, "is in use: another process writes it"), _emptied_if_it_fails(folder):
+            optimizer = make_optimizer(resolved, student)
+            state = CheckpointState(0, optimizer=resolved.training.optimizer)
+            save_checkpoint(folder / CHECKPOINTS, student, average, optimizer, state, keep=1)
+            write_json(folder / ORIGIN, _origin(file, path, project, licence))
+            if source is None:
+                write_record(folder, resolved, "none", ())
+            else:
+                write_config(folder, resolved, source)
+    finally:
+        remove_empty(made)
     return Imported(folder, resolved, name, tuple(told))
+
+
+@contextmanager
+def _emptied_if_it_fails(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        empty(folder)
+        raise
 
 
 def _settings(

@@ -292,6 +292,8 @@ def recognise(weights: Weights) -> tuple[Source, ...]:
                 f"not a layout of {', '.join(SOURCES)}: {name} has shape "
                 f"{tuple(weights[name].shape)}, allowed are {' or '.join(map(str, ranks))} axes"
             )
+    if empty := [name for name, value in weights.items() if 0 in value.shape]:
+        raise UserError(f"not a layout of {', '.join(SOURCES)}: {listed(empty)} is empty")
     embedder = weights["x_embedder.proj.weight"]
     learned_sigma = len(weights[LAST_LAYER[0]]) == 2 * embedder[0].numel()
     if embedder.ndim == 2:

@@ -1,6 +1,7 @@
 """A run's folder: what config.json holds, and who may write."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from selfalign.data.source import DataSource
 from selfalign.disk import LOCK, is_left_over, locked, remove, sweep
 from selfalign.errors import UserError
 from selfalign.processes import together
-from selfalign.records import read_json, read_plain, write_json
+from selfalign.records import read_json, write_json
 
 CHECKPOINTS = "checkpoints"
 DATA = "data.json.gz"
@@ -83,10 +84,20 @@ def read_record(folder: Path) -> RunRecord:
     return RunRecord(config, file.data_fingerprint, file.class_names)
 
 
+class _Origin(msgspec.Struct):
+    """`imported.json`."""
+
+    file: str
+    sha256: str
+    from_: str = msgspec.field(name="from")
+    licence: str = ""
+    selfalign_version: str = ""
+
+
 def read_origin(folder: Path) -> dict[str, Any]:
     """Where a run's weights came from: those of an import, or of what it was started from; {} if nowhere."""
     path = folder / ORIGIN
-    return dict(read_plain(path)) if path.is_file() else {}
+    return msgspec.to_builtins(read_json(path, _Origin)) if os.path.lexists(path) else {}
 
 
 def inherit_origin(start: str | None, folder: Path) -> None:

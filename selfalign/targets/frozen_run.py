@@ -12,6 +12,8 @@ from selfalign.settings import require
 from selfalign.targets import BuiltTarget, Target
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from jaxtyping import Float
     from torch import Tensor
 
@@ -65,8 +67,6 @@ class FrozenRunTarget(Target):
 
     def completed(self, config: ResolvedConfig, source: DataSource) -> FrozenRunTarget:
         """With the teacher's width and hash, which must be that recorded."""
-        from pathlib import Path
-
         from selfalign.weights import weights_sha256
 
         teacher = self._load()
@@ -87,7 +87,7 @@ class FrozenRunTarget(Target):
         self.require(
             self.width in (0, teacher.hidden_size), "width", f"the run has {teacher.hidden_size}"
         )
-        place = str(Path(self.run).expanduser().resolve())
+        place = str(self._place().resolve())
         return dataclasses.replace(self, run=place, width=teacher.hidden_size, hash=found)
 
     def build(self, config: ResolvedConfig) -> BuiltTarget:
@@ -98,14 +98,21 @@ class FrozenRunTarget(Target):
         """What is built gives them."""
         raise NotImplementedError
 
-    def _load(self) -> Backbone:
+    def _place(self) -> Path:
         from pathlib import Path
 
+        try:
+            place = Path(self.run).expanduser()
+        except RuntimeError:  # nobody's home
+            place = Path(self.run)
+        self.require(place.exists(), "run", "there is no such run or checkpoint")
+        return place
+
+    def _load(self) -> Backbone:
         from selfalign.interop.released import load_released
         from selfalign.runs.load import load_run
 
-        place = Path(self.run).expanduser()
-        self.require(place.exists(), "run", "there is no such run or checkpoint")
+        place = self._place()
         if place.is_dir():
             return load_run(place, self.weights).model
         teacher = load_released(place, None if self.released == "auto" else self.released)

@@ -2,11 +2,14 @@
 
 import copy
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SMALL
+from safetensors.torch import load_file, save_file
 from support import clean_images, draw_of, randomize, resolved
 
 from selfalign import SiT, UserError, recipe
@@ -365,3 +368,72 @@ def test_damaged_settings_are_refused(tmp_path: Path, folders):
     (tmp_path / "config.json").write_text(json.dumps({**settings, "num_layers": "many"}))
     with pytest.raises(UserError, match="num_layers is 'many'"):
         config_of(tmp_path)
+
+
+WRONG = {
+    DIT: {
+        "num_layers": [0, True, 10**12],
+        "patch_size": [0, -2],
+        "in_channels": [10**12],
+        "num_attention_heads": [-1, "x"],
+        "attention_head_dim": [10**12],
+        "norm_eps": ["x", None],
+        "activation_fn": ["nosuch", 5],
+        "out_channels": [2],
+    },
+    FLUX: {
+        "num_single_layers": [-1],
+        "axes_dims_rope": [[16], [4, 6], [4, 5, 7], "x"],
+        "joint_attention_dim": [None, -1],
+        "pooled_projection_dim": [10**12],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (kind, name, value)
+        for kind, fields in WRONG.items()
+        for name, values in fields.items()
+        for value in values
+    ],
+)
+def test_settings_that_make_no_model_are_refused(tmp_path: Path, folders, kind, name, value):
+    settings = json.loads((folders[kind] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, name: value}))
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+        build_student(config_of(tmp_path))
+
+
+def _damage(folder: Path, change) -> None:
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda folder: _damage(folder, lambda t: t["proj_out_2.bias"].fill_(torch.nan)), "not finite"),
+        (lambda folder: _damage(folder, lambda t: t.pop("proj_out_2.bias")), "lack proj_out_2.bias"),
+        (
+            lambda folder: _damage(folder, lambda t: t.update({n: v.int() for n, v in t.items()})),
+            "whole numbers",
+        ),
+        (lambda folder: next(folder.glob("*.safetensors")).write_bytes(b"x" * 100), "cannot be read"),
+        (
+            lambda folder: next(folder.glob("*.safetensors")).rename(
+                folder / "diffusion_pytorch_model.bin"
+            ),
+            r"diffusion_pytorch_model\.bin, and no",
+        ),
+    ],
+)  # fmt: skip
+def test_weights_that_are_not_the_models_are_refused(tmp_path: Path, folders, change, words):
+    """Nothing begins anew where weights were meant."""
+    folder = shutil.copytree(folders[DIT], tmp_path / "dit")
+    change(folder)
+    with pytest.raises(UserError, match=words):
+        build_student(config_of(folder))

@@ -122,6 +122,9 @@ def test_whole_numbers_are_classes_in_their_order(tmp_path):
         ({"samples": np.full((40, 1, 8), np.nan)}, ["sample 0", "not finite"]),
         ({"samples": None}, ["holds labels", "data.sources.arrays.samples"]),
         ({"samples": np.full((40, 1, 8), 1j)}, ["complex128"]),
+        ({"samples": np.zeros((40, 0, 8))}, ["(40, 0, 8)"]),
+        ({"samples": np.full((40, 1, 8), 3e38)}, ["sample 0", "beyond 1e+30"]),
+        ({"samples": np.full((40, 1, 8), 1e300)}, ["sample 0", "not finite"]),
     ],
 )
 def test_refused_arrays(tmp_path, change, words):
@@ -144,6 +147,43 @@ def test_refused_files_and_settings(tmp_path):
         opened(tmp_path / "a.npz", samples="others")
     with pytest.raises(UserError, match=r"data\.flip"):
         open_data(DataConfig(name="arrays", root=str(tmp_path / "a.npz"), flip=True))
+
+
+LABELLED = ["\udcff", "1" * 5000, "²", "$x_$", "-"]
+
+
+def test_any_word_is_a_label(tmp_path):
+    """Also one that is no text, or a number beyond all reading."""
+    write(tmp_path / "a.npz", labels=np.array(LABELLED * 8))
+    assert set(opened(tmp_path / "a.npz").class_names) == set(LABELLED)
+
+
+OTHER = [("/etc/passwd", 0, 40 * 2 * 16 * 4)]
+
+
+def _link():
+    import h5py
+
+    return h5py.ExternalLink("/dev/zero", "/x")
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        (lambda h5, x: h5.create_dataset("samples", (10**9, 3, 64, 64), "f4", chunks=True), "too many"),
+        (lambda h5, x: h5.create_dataset("samples", x.shape, "f4", external=OTHER), "other files"),
+        (lambda h5, x: h5.create_group("samples"), "holds nothing"),
+        (lambda h5, x: h5.__setitem__("samples", _link()), "holds nothing"),
+        (lambda h5, x: h5.create_dataset("samples", dtype="f4"), "it is empty"),
+    ],
+)  # fmt: skip
+def test_hdf5_says_what_is_in_it_and_no_more(tmp_path, held, said):
+    """Not gigabytes that are not there, nor what other files hold."""
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        held(file, np.zeros((40, 2, 16), np.float32))
+    with pytest.raises(UserError, match=said):
+        opened(tmp_path / "a.h5")
 
 
 def test_pictures_of_all_kinds():

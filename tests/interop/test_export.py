@@ -169,6 +169,8 @@ def test_the_card_says_what_the_weights_are(tmp_path: Path, small_run: Path) -> 
         assert word in trained
     assert '"mask_ratios"' in trained and "| licence | CC0-1.0 |" in trained
     assert "not stated" in model_card()
+    odd = model_card(licence="a|b\n<b>", data="x\ny | z")
+    assert "| data | x y \\| z |" in odd and "| licence | a\\|b &lt;b> |" in odd
 
 
 def test_push_to_hub_sends_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

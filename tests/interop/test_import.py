@@ -1,12 +1,15 @@
 """`selfalign import` and `--init`: released weights become runs, and runs start from weights."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from small_weights import HEADS, network, projectors
 from torch import Tensor
 
@@ -14,6 +17,7 @@ from selfalign import SiT, UserError
 from selfalign.backbones.sit.sizes import Size
 from selfalign.cli import main
 from selfalign.hub import fetch_weights
+from selfalign.interop import imported
 from selfalign.interop.card import card_facts
 from selfalign.interop.imported import import_run
 from selfalign.interop.released import build_sit
@@ -161,6 +165,32 @@ def test_what_does_not_fit_leaves_nothing(
     assert run_command("import", file, tmp_path / "run", *words) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_of_an_unknown_project_is_recognised(tmp_path: Path) -> None:
+    weights = {name: value.contiguous() for name, value in network().state_dict().items()}
+    save_file(weights, tmp_path / "w.safetensors", {"from": "../x"})
+    command = ("import", tmp_path / "w.safetensors", tmp_path / "run", "--heads", "2")
+    assert run_command(*command) == 2
+    assert run_command(*command, "--from", "sra") == 0
+
+
+def test_empty_tensors_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = {name: value[:0].contiguous() for name, value in network().state_dict().items()}
+    save_file(weights, tmp_path / "w.safetensors")
+    assert run_command("import", tmp_path / "w.safetensors", tmp_path / "run") == 2
+    assert "is empty" in capsys.readouterr().err
+
+
+def test_an_import_that_is_interrupted_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = save(tmp_path / "w.pt", network())
+    monkeypatch.setattr(imported, "write_record", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    command = ("import", file, tmp_path / "runs" / "run", "--from", "sra", "--heads", "2")
+    assert run_command(*command) == 128 + signal.SIGTERM
+    assert "nothing was written; the same command" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_run_starts_from_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

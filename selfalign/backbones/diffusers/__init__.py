@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,16 +12,36 @@ from typing import TYPE_CHECKING, Any
 from selfalign.backbones import BackboneConfig
 from selfalign.errors import UserError
 from selfalign.parts import register
+from selfalign.records import convert, read_plain
+from selfalign.sections import MAX_CHANNELS, MAX_CLASSES, MAX_SIDE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from selfalign.backbones.diffusers.model import Adapter
     from selfalign.config import ResolvedConfig
     from selfalign.sections import ModelConfig
 
 DIT, FLUX = "DiTTransformer2DModel", "FluxTransformer2DModel"
 MAX_RANK = 4096
+LAYERS = ("num_layers", "num_single_layers")
+LIMITS = {
+    **dict.fromkeys(LAYERS, 1000),
+    "in_channels": MAX_CHANNELS,
+    "patch_size": MAX_SIDE,
+    "sample_size": MAX_SIDE,
+    "num_embeds_ada_norm": MAX_CLASSES,
+}
+"""The most of each number that is read here."""
+USUAL: Mapping[str, Mapping[str, int]] = {
+    DIT: {
+        "num_layers": 28,
+        "in_channels": 4,
+        "patch_size": 2,
+        "sample_size": 32,
+        "num_embeds_ada_norm": 1000,
+    },
+    FLUX: {"num_layers": 19, "num_single_layers": 38, "in_channels": 64},
+}
+"""diffusers' defaults, which stand for what a config.json leaves out."""
 
 
 @register("diffusers")
@@ -129,21 +149,18 @@ def _settings(folder: str, setting: str) -> Mapping[str, Any]:
         raise UserError(
             f"{setting} is {folder!r}: needed is a folder of diffusers, with config.json"
         )
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    kind = found.get("_class_name") if isinstance(found, dict) else None
+    found = convert(read_plain(path), dict[str, Any], f"{path} cannot be read")
+    kind = found.get("_class_name")
     if kind not in (DIT, FLUX):
         raise UserError(f"{path} is of {kind!r}: allowed are {DIT} and {FLUX}")
-    counts = {"num_layers": 28 if kind == DIT else 19, "in_channels": 4 if kind == DIT else 64}
-    usual = (
-        {"patch_size": 2, "sample_size": 32, "num_embeds_ada_norm": 1000}
-        if kind == DIT
-        else {"num_single_layers": 38}
-    )
-    whole = {**counts, **usual, **found}
-    wrong = [name for name in (*counts, *usual) if not isinstance(whole[name], int)]
-    if wrong:
-        raise UserError(f"{path} is damaged: {wrong[0]} is {whole[wrong[0]]!r}")
+    whole = {**USUAL[kind], **found}
+    for name in USUAL[kind]:
+        value, least = whole[name], 0 if kind == FLUX and name in LAYERS else 1
+        if type(value) is not int or not least <= value <= LIMITS[name]:
+            raise UserError(
+                f"{path} is damaged: {name} is {value!r}; allowed are whole numbers from {least} to "
+                f"{LIMITS[name]:,}"
+            )
+    if not sum(whole.get(name, 0) for name in LAYERS):
+        raise UserError(f"{path} is damaged: it has no layers")
     return MappingProxyType(whole)

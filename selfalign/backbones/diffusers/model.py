@@ -1,5 +1,7 @@
 """What adapters of diffusers' transformers share: groups become rows, and weights come from a folder."""
 
+import logging
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,19 @@ from torch import Tensor, nn
 
 from selfalign.config import ResolvedConfig
 from selfalign.errors import UserError
+from selfalign.memory import require_memory
 from selfalign.network import Backbone
 from selfalign.ops.reference import join_parts
+from selfalign.records import convert
 from selfalign.tokens import TokenGroups
+from selfalign.weights import listed, not_finite, read_safetensors
 
 LORA = "default"
 """The adapters' name in peft."""
 ADAPTED = ("to_q", "to_k", "to_v", "to_out.0")
 """The attention's matrices."""
+PLACES = 3
+"""Axes of a token's place in Flux: what it is, row and column."""
 
 Rows = dict[Any, Tensor]
 """Features of a sequence by name."""
@@ -114,15 +121,76 @@ def load_folder(folder: str, kind: str) -> tuple[nn.Module, bool]:
         raise UserError(
             "model.backbone diffusers needs diffusers: pip install 'selfalign[latents]'"
         ) from error
-    cls = getattr(diffusers, kind)
-    weights = any(Path(folder).glob("*.safetensors"))
+    cls, where = getattr(diffusers, kind), f"backbones.diffusers.folder is {folder!r}"
+    diffusers.logging.set_verbosity(logging.CRITICAL)  # of settings that it leaves out
     try:
-        if weights:
-            return cls.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False), True
-        return cls.from_config(cls.load_config(folder)), False
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"backbones.diffusers.folder is {folder!r}: {reason}") from error
+        settings = cls.load_config(folder)
+        _check_types(cls, settings, where)
+        with torch.device("meta"):
+            size = sum(value.nbytes for value in cls.from_config(settings).parameters())
+        require_memory(size, "its weights")
+        files = _weight_files(Path(folder))
+        if not files:
+            return cls.from_config(settings), False
+        for file in files:
+            _require_sound(file)
+        model, found = cls.from_pretrained(
+            folder, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except Exception as error:  # diffusers raises nearly anything for settings that do not fit
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"{where}: {reason}") from error
+    if found["missing_keys"]:
+        raise UserError(f"{where}: its weights lack {listed(found['missing_keys'])}")
+    return model, True
+
+
+def _check_types(cls: type[nn.Module], settings: Mapping[str, Any], where: str) -> None:
+    """Refuse settings of other types than the model's code says, which would fail somewhere in it."""
+    for name, wanted in typing.get_type_hints(cls.__init__).items():
+        if name in settings:
+            convert(settings[name], wanted, f"{where}: {name} in config.json")
+            sizes = settings[name] if isinstance(settings[name], list) else [settings[name]]
+            if any(type(size) is int and size < 0 for size in sizes):
+                raise UserError(f"{where}: {name} in config.json is below 0")
+    channels, out = settings.get("in_channels"), settings.get("out_channels")
+    if out not in (None, channels):
+        raise UserError(
+            f"{where}: the model makes {out} channels of {channels}; allowed are models that make velocities "
+            "alone"
+        )
+    axes, width = settings.get("axes_dims_rope"), settings.get("attention_head_dim")
+    if axes is not None and (sum(axes) != width or len(axes) < PLACES or any(a % 2 for a in axes)):
+        raise UserError(
+            f"{where}: axes_dims_rope is {list(axes)}; allowed are {PLACES} or more even numbers that make "
+            f"attention_head_dim {width}"
+        )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of a model's weights; none of one that starts anew.
+
+    Raises:
+        UserError: it has weights in another form.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    others = sorted(path.name for path in folder.glob("diffusion_pytorch_model*"))
+    if others and not files:
+        raise UserError(
+            f"it holds {others[0]}, and no .safetensors: save its weights as these, or take the file "
+            "away for a model that begins anew"
+        )
+    return files
+
+
+def _require_sound(file: Path) -> None:
+    tensors = read_safetensors(file)
+    if wrong := [name for name, value in tensors.items() if not value.is_floating_point()]:
+        raise UserError(f"{file.name} holds {listed(wrong)} as whole numbers")
+    if wrong := not_finite(tensors):
+        raise UserError(f"{file.name}: {listed(wrong)} is not finite")
 
 
 def merged_weights(model: nn.Module) -> dict[str, Tensor]:

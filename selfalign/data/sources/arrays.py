@@ -22,6 +22,10 @@ SAMPLES = ("samples", "x", "images", "signals", "videos", "arr_0")
 LABELS = ("labels", "y", "arr_1")
 CAPTIONS = ("captions", "texts")
 """Names under which arrays are looked for where none is given."""
+LONGEST_NUMBER = 1000
+"""Digits of a label that is taken for a number."""
+LARGEST = 1e30
+"""Value of a sample, so that what is computed with it stays finite."""
 SHAPES = "(M, C, L) signals, (M, C, H, W) images or (M, C, T, H, W) videos"
 
 
@@ -96,14 +100,20 @@ class Arrays(Source):
                 "the samples are"
             )
         found = np.asarray(arrays[name])
-        if found.ndim not in (3, 4, 5) or found.dtype.kind not in "uif" or len(found) < 2:
+        if (
+            found.ndim not in (3, 4, 5)
+            or found.dtype.kind not in "uif"
+            or len(found) < 2
+            or 0 in found.shape
+        ):
             raise UserError(
                 f"{name} of {path} is {found.dtype} of shape {found.shape}: allowed are numbers of two or "
                 f"more {SHAPES}"
             )
         if self.channels_last:
             found = np.moveaxis(found, -1, 1)
-        whole = found if found.dtype == np.uint8 else found.astype(np.float32)
+        with np.errstate(over="ignore"):  # infinity is refused with the sample's number
+            whole = found if found.dtype == np.uint8 else found.astype(np.float32)
         return torch.from_numpy(np.array(whole))  # a copy: the file may be mapped, and read-only
 
     def _words(self, arrays: Mapping[str, Array], path: Path, count: int) -> list[str]:
@@ -117,7 +127,8 @@ class Arrays(Source):
         if name is None:
             return []
         found = np.asarray(arrays[name])
-        if found.shape != (count,) or found.dtype.kind not in "iuUSO":
+        plain = found.dtype.kind != "O" or all(isinstance(word, str | bytes) for word in found.flat)
+        if found.shape != (count,) or found.dtype.kind not in "iuUSO" or not plain:
             raise UserError(
                 f"{name} of {path} is {found.dtype} of shape {found.shape}: allowed are words or whole "
                 f"numbers, one for each of the {count} samples"
@@ -147,7 +158,7 @@ class Arrays(Source):
 
 def _as_number(word: str) -> tuple[bool, int, str]:
     """Sorts whole numbers by value, and words after them."""
-    whole = word.removeprefix("-").isdecimal()
+    whole = word.removeprefix("-").isdecimal() and len(word) < LONGEST_NUMBER
     return (not whole, int(word) if whole else 0, word)
 
 
@@ -168,10 +179,12 @@ def _scaled(samples: Tensor, train: Tensor, path: Path) -> Tensor:
 
     if samples.dtype == torch.uint8:
         return samples
-    if not bool(samples.isfinite().all()):
-        number = int((~samples.flatten(1).isfinite()).any(dim=1).nonzero()[0])
-        raise UserError(f"{path}: sample {number} holds values that are not finite")
-    if bool(samples.abs().max() <= 1):
+    largest = samples.abs().flatten(1).amax(dim=1)
+    if not bool((largest <= LARGEST).all()):
+        number = int((~(largest <= LARGEST)).nonzero()[0])
+        fault = f"beyond {LARGEST:g}" if largest[number].isfinite() else "that are not finite"
+        raise UserError(f"{path}: sample {number} holds values {fault}")
+    if bool(largest.max() <= 1):
         return samples
     per_channel = samples[train].movedim(1, 0).flatten(1)
     low, high = per_channel.amin(dim=1), per_channel.amax(dim=1)
@@ -182,29 +195,14 @@ def _scaled(samples: Tensor, train: Tensor, path: Path) -> Tensor:
 
 def _read(path: Path) -> Mapping[str, Array]:
     """The arrays of a file by name."""
-    from selfalign.arrays import Npz, read_npy
+    from selfalign.arrays import Hdf5, Npz, read_npy
 
     if path.suffix == ".npz":
         return Npz(path)
     if path.suffix == ".npy":
         return {SAMPLES[0]: read_npy(path)}
     if path.suffix in (".h5", ".hdf5"):
-        return _hdf5(path)
+        return Hdf5(path)
     raise UserError(
         f"data.root is {str(path)!r}: allowed is a .npz, .npy or .h5 file with {SHAPES}"
     )
-
-
-def _hdf5(path: Path) -> Mapping[str, Array]:
-    """The data sets of an HDF5 file, in memory."""
-    try:
-        import h5py
-    except ImportError as error:
-        raise UserError(
-            f"{path} needs h5py: pip install 'selfalign[arrays]', or save it as .npz"
-        ) from error
-    try:
-        with h5py.File(path, "r") as file:
-            return {name: held[()] for name, held in file.items() if hasattr(held, "shape")}
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {str(error).partition(chr(10))[0]}") from error

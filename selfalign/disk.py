@@ -95,7 +95,7 @@ def is_full(error: UserError) -> bool:
     return getattr(error.__cause__, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 
 
-def reason(error: Exception, folder: Path, needed: int | None = None) -> str:
+def reason(error: BaseException, folder: Path, needed: int | None = None) -> str:
     """Why something could not be written into a folder, and where the disk is full, what is needed.
 
     Args:

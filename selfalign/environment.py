@@ -41,7 +41,7 @@ def check_environment() -> None:
     for way in _OTHER_WAYS:
         if os.environ.get(f"ACCELERATE_USE_{way}", "").lower() in _TRUE:
             raise UserError(
-                f"ACCELERATE_USE_{way} is set: processes share a batch, each with the whole model; "
+                f"ACCELERATE_USE_{way} is set: processes share a batch, and a model by --training.sharding; "
                 "launch with --multi_gpu, or with torchrun"
             )
     if override := os.environ.get("NVIDIA_TF32_OVERRIDE"):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from selfalign.conditions import Condition
 from selfalign.errors import UserError
 from selfalign.tokens import TokenGrid, TokenGroups, one_group
+from selfalign.weights import local
 
 Tap = int | str
 """Where features are taken: after a block, counted from 1, or after a module, by its name."""
@@ -199,7 +200,9 @@ class Backbone(nn.Module):
         }
         idle = [p for name in idle_heads for p in self.get_submodule(name).parameters()]
         if idle:
-            velocity = velocity + 0 * torch.stack([parameter.sum() for parameter in idle]).sum()
+            velocity = (
+                velocity + 0 * torch.stack([local(parameter).sum() for parameter in idle]).sum()
+            )
         return Output(velocity, {tap: features[tap] for tap in taps}, projected)
 
     def features(

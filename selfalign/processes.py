@@ -5,24 +5,34 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin, gather_object
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    TorchDynamoPlugin,
+    gather_object,
+)
 
 from selfalign.environment import check_environment, is_launched
 from selfalign.errors import AgreedError, UserError
 from selfalign.signals import stop_signals
 
 T = TypeVar("T")
+LONGEST_WAIT = timedelta(hours=2)
+"""How long a process waits for another one: for what the main one does alone (downloads, samples), which may
+take longer than torch's 10 minutes. One that died is noticed by the launcher, and by gloo, at once."""
 
 
 def open_accelerator(
-    mixed_precision: str = "no", tf32: bool = True, **settings: Any
+    mixed_precision: str = "no", tf32: bool = True, handlers: Sequence[Any] = (), **settings: Any
 ) -> Accelerator:
     """Device and processes, as a launcher gives them; the arithmetic is as it is said here.
 
@@ -32,6 +42,7 @@ def open_accelerator(
     Args:
         mixed_precision: "no", "bf16" or "fp16".
         tf32: multiply float32 matrices on NVIDIA GPUs in TF32, as the released code does.
+        handlers: accelerate's settings of DDP, for one.
         settings: more arguments of Accelerator.
 
     Raises:
@@ -48,8 +59,10 @@ def open_accelerator(
     AcceleratorState._reset_state()
     try:
         with _ended_by_signals():
+            _meet_anew()
             accelerator = Accelerator(
                 mixed_precision=mixed_precision,
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT), *handlers],
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
                 dynamo_plugin=TorchDynamoPlugin(
                     backend="no",
@@ -69,6 +82,29 @@ def open_accelerator(
         which = f"ACCELERATE_TORCH_DEVICE is {device!r}, and " if device else ""
         raise UserError(f"{which}the device cannot be used: {error}") from error
     return accelerator
+
+
+def _meet_anew() -> None:
+    """Open the group of processes that torchrun has started again, apart from the one before it.
+
+    Its store outlives the processes, and holds the addresses of those that are gone: new ones that find them
+    before they are replaced cannot connect.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or not dist.is_available() or dist.is_initialized():
+        return
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    on_gpus = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU") != "true"
+    store, rank, processes = next(rendezvous("env://", timeout=LONGEST_WAIT))
+    dist.init_process_group(
+        "nccl" if on_gpus else "gloo",
+        store=PrefixStore(f"attempt_{attempt}", store),
+        rank=rank,
+        world_size=processes,
+        timeout=LONGEST_WAIT,
+    )
 
 
 @contextmanager
@@ -138,10 +174,10 @@ def end_shared_process(code: int, agreed: bool) -> None:
         code: exit code of the process.
         agreed: whether all processes end here; one that fails alone must not wait for the others.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not (dist.is_available() and dist.is_initialized()):
         return
     if agreed:
-        torch.distributed.destroy_process_group()
+        dist.destroy_process_group()
     atexit._run_exitfuncs()
     with suppress(OSError):
         sys.stdout.flush()

@@ -4,8 +4,10 @@ A run's state is therefore (step, weights, EMA, optimizer), and resuming is exac
 """
 
 import hashlib
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 def derive_seed(seed: int, purpose: str, *key: int) -> int:
@@ -23,3 +25,26 @@ def make_generator(
     probability of about a quarter.
     """
     return torch.Generator(device).manual_seed(derive_seed(seed, purpose, *key))
+
+
+@dataclass(frozen=True)
+class Share:
+    """The samples of a step's batch that one process has at a time: one of several equal shares.
+
+    Whoever draws for samples draws for those of all shares, so that the numbers of a sample do not depend
+    on how many shares there are.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def own(self, values: Tensor) -> Tensor:
+        """This share's rows of what was drawn for all; the others are not kept in memory."""
+        if self.count == 1:
+            return values
+        size = len(values) // self.count
+        return values[self.index * size : (self.index + 1) * size].clone()
+
+
+WHOLE = Share()
+"""All samples of a step."""

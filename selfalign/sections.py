@@ -192,7 +192,9 @@ class ModelConfig(Choosing):
     qk_norm: bool = False
     """Normalise queries and keys per head (LayerNorm)."""
     gradient_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more arithmetic."""
+    """Recompute blocks in the backward pass: less memory, about a third more arithmetic."""
+    checkpointing: Literal["blocks", "alternate"] = "blocks"
+    """What is recomputed then: every block, or every second one."""
 
     def check(self) -> None:
         """Limits of the shapes."""
@@ -280,11 +282,17 @@ class TrainingConfig(Choosing):
     tf32: bool = True
     """Multiply float32 matrices on NVIDIA GPUs in TF32, as the released code does: several times as fast,
     with 10 bits of mantissa in the factors."""
+    sharding: Literal["none", "gradients", "full"] = "none"
+    """What processes hold: none, everything each; gradients: their shares of gradients, moments and averages,
+    and of the weights between steps; full: of the weights always, a block at a time being gathered."""
     on_nonfinite: str = "stop"
     """What a loss or gradient that is not finite does: stop, or skip:N, which leaves out up to N such
     steps in a row."""
     compile: bool = False
-    """Compile the objective with torch.compile."""
+    """Compile with torch.compile."""
+    compile_region: Literal["blocks", "objective"] = "blocks"
+    """What is compiled as one: a block, which is compiled once for all of its kind, so that depth costs no
+    time; or the whole objective, which takes time that grows with depth."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     sample_every: int = 5_000

@@ -16,6 +16,7 @@ from selfalign.config import ResolvedConfig, RunConfig, whole_images
 from selfalign.flow import PATHS, Path, TimestepDistribution
 from selfalign.network import Backbone
 from selfalign.partitions import Ungrouped
+from selfalign.randomness import WHOLE, Share
 from selfalign.sections import ViewsConfig
 from selfalign.tokens import Passing, TokenGrid, TokenGroups, group_sizes, without_padding
 
@@ -47,11 +48,16 @@ def draw_views(
     views: ViewsConfig | None = None,
     teacher: Backbone | None = None,
     condition: Any = None,
+    share: Share = WHOLE,
 ) -> Draw:
     """Draw all randomness of one training step, on the generator's device. Nothing else draws.
 
     What all recipes share (noise, dropped labels, the first group's timesteps) is drawn before what
     only some of them need, so that two recipes at the same seed see the same noise.
+
+    Processes and micro-batches share a batch: each draws the numbers of all samples and keeps those of its
+    own, so that what a sample sees does not depend on how many there are. What compares samples with each
+    other (`Term.draw`, whole images) is drawn within a share.
 
     Args:
         config: the run's tree.
@@ -60,42 +66,46 @@ def draw_views(
         views: how the batch is grouped, from the curriculum; None: as the tree's section says.
         teacher: the EMA model, for partitions that ask it; without one they are random.
         condition: of every sample, for the teacher.
+        share: which of the samples of the step's batch these are.
     """
     x0 = batch if isinstance(batch, Tensor) else None
     if x0 is not None and config.padded:
         x0 = x0.nan_to_num(0)
     shape = tuple(batch.shape if isinstance(batch, Tensor) else batch)
     grouping = config.views if views is None else views
-    count, device, groups = shape[0], generator.device, len(grouping.mask_ratios)
+    count, device, groups = share.count * shape[0], generator.device, len(grouping.mask_ratios)
     grid = TokenGrid(shape[2:], config.model.patch_size)
 
     def uniform() -> Float[Tensor, "B"]:
         return torch.rand(count, generator=generator, device=device)
 
     next_timesteps = TimestepDistribution(config.flow, count, generator)
-    noise = torch.randn(*shape, generator=generator, device=device)
+    noise = share.own(torch.randn(count, *shape[1:], generator=generator, device=device))
     dropout = uniform()
     timesteps = [config.schedule.timesteps([], next_timesteps)]
     interval = [uniform()]
     order = None
     if groups > 1:
         sizes, path = group_sizes(grouping.mask_ratios, grid.num_tokens), PATHS[config.flow.path]
-        whole = Ungrouped(grid, sizes, count, generator, x0, noise, path, teacher, condition)
+        samples = x0, noise, path, teacher, condition
+        whole = Ungrouped(grid, sizes, shape[0], generator, *samples, share)
         order = config.partition_of(grouping).order(whole)
     for _ in range(1, groups):
         timesteps.append(config.schedule.timesteps(timesteps, next_timesteps))
         interval.append(uniform())
     more: dict[str, Tensor] = {}
     for term in config.used_terms().values():
-        more |= term.draw(config, shape, generator)
+        for _ in range(share.index + 1):  # other numbers for every share
+            drawn = term.draw(config, shape, generator)
+        more |= drawn
     return Draw(
         noise=noise,
-        timesteps=torch.stack(timesteps, dim=1),
+        timesteps=share.own(torch.stack(timesteps, dim=1)),
         order=order,
         teacher_interval=config.targets["ema"].lags(
-            torch.stack(interval, dim=1), config.schedule.one_per_sample
+            share.own(torch.stack(interval, dim=1)), config.schedule.one_per_sample
         ),
-        label_dropout=dropout < config.views.class_dropout,
+        label_dropout=share.own(dropout) < config.views.class_dropout,
         more=more,
         views=views,
     )

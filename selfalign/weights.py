@@ -3,8 +3,9 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,8 +24,15 @@ PLAIN = frozenset(
 """Kinds of numbers that weights can be."""
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(
+    path: Path, keep: Callable[[str, Tensor], Tensor] | None = None
+) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, on the CPU.
+
+    Args:
+        path: the file.
+        keep: given a name and its tensor, returns what is to be kept of it; tensors are then read one by
+            one.
 
     Raises:
         UserError: the file is missing or damaged, or holds numbers that nothing here computes with; the
@@ -33,11 +41,19 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{path} cannot be read: there is no such file")
     try:
+        if keep is not None and _is_utf8(path):
+            found = {}
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    tensor = file.get_tensor(name)
+                    require_plain({name: tensor}, path)
+                    found[name] = keep(name, tensor)
+            return found
         tensors = load_file(path) if _is_utf8(path) else load(path.read_bytes())
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     require_plain(tensors, path)
-    return tensors
+    return {name: keep(name, value) if keep else value for name, value in tensors.items()}
 
 
 def require_plain(tensors: Weights, path: Path) -> None:
@@ -119,10 +135,36 @@ def differences(expected: Weights, found: Weights, dtypes: bool = True) -> list[
     return wrong
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: all of it, or its shard."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """A tensor with all of its shards; all processes have to ask. Others as they are."""
+    full_tensor = getattr(tensor, "full_tensor", None)
+    return tensor if full_tensor is None else full_tensor()
+
+
+def shard_like(tensor: Tensor, like: Any) -> Tensor:
+    """What this process holds of a whole tensor where another one is sharded; else the tensor itself."""
+    if not hasattr(like, "placements") or tensor.shape != like.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    moved = tensor.to(like.device)
+    return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
+
+
 def not_finite(tensors: Weights) -> list[str]:
-    """Names of the tensors that hold NaN or infinity. One pass over the memory of each."""
+    """Names of the tensors that hold NaN or infinity, in this process's part of them.
+
+    One pass over the memory of each.
+    """
     found = []
     for name, tensor in tensors.items():
+        tensor = local(tensor)
         if tensor.is_floating_point() and tensor.numel():
             bounds = torch.stack(tensor.detach().aminmax())  # NaN in any place makes both NaN
             if not bool(bounds.isfinite().all()):

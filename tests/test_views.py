@@ -12,12 +12,15 @@ from support import (
     RECIPE_NAMES,
     clean_images,
     draw_of,
+    randomize,
     resolved,
     teacher_view,
     timestep_of_token,
 )
 
+from selfalign import Draw, build_student, draw_views, make_generator
 from selfalign.flow import PATHS
+from selfalign.randomness import Share
 from selfalign.tokens import group_sizes, unpatchify
 from selfalign.views import make_views
 
@@ -208,3 +211,36 @@ class TestWholeImages:
         make_views(config, clean_images(config), draw)
         assert torch.equal(draw.timesteps, before.timesteps)
         assert torch.equal(draw.timesteps, plain.timesteps)
+
+
+@pytest.mark.parametrize(
+    "partition", ["random", "blocks", "checkerboard", "stripes", "clusters", "energy", "difficulty"]
+)
+def test_shares_of_a_batch_are_drawn_as_the_whole(partition: str) -> None:
+    config = resolved("sra-dts-as", {"views.partition": partition})
+    teacher, images, labels = build_student(config), clean_images(config, 12), torch.arange(12) % 3
+    randomize(teacher)
+
+    def draw(index: int, shares: int) -> Draw:
+        share = Share(index, shares)
+        own = share.own(images), make_generator(0, "views", 3)
+        return draw_views(config, *own, None, teacher, share.own(labels), share)
+
+    whole = draw(0, 1)
+    for shares in (2, 3, 6):
+        parts = [draw(index, shares) for index in range(shares)]
+        for name in ("noise", "timesteps", "order", "teacher_interval", "label_dropout"):
+            joined = torch.cat([getattr(part, name) for part in parts])
+            assert torch.equal(joined, getattr(whole, name)), name
+
+
+def test_what_compares_samples_is_drawn_within_a_share() -> None:
+    config = resolved("sra", {"objective.terms": ("contrastive",)})
+    negatives = [
+        draw_views(config, (4, 1, 8, 8), make_generator(0, "views", 3), share=Share(index, 3)).more
+        for index in range(3)
+    ]
+    for drawn in negatives:
+        (others,) = drawn.values()
+        assert others.max() < 4 and not bool((others == torch.arange(4)).any())
+    assert len({str(drawn) for drawn in negatives}) > 1

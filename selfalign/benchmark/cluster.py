@@ -23,7 +23,7 @@ class Cluster:
     nodes: int = 1
     """Machines, of as many devices each."""
     sharding: Sharding = "none"
-    """As `bench estimate --sharding` has it."""
+    """As `training.sharding`."""
     weight_bytes: int = FLOAT_BYTES
     """Bytes of a weight that is gathered: 4, or 2 under bf16. Gradients are summed in float32."""
     node_bandwidth: float = 450e9

@@ -217,5 +217,9 @@ def _kept_features(config: ResolvedConfig, student: Backbone) -> int:
     sets of features (6).
     """
     block, depth = 20, len(student.blocks)
-    blocks = depth + block if config.model.gradient_checkpointing else block * depth
+    blocks = block * depth
+    if config.model.gradient_checkpointing:
+        # Inputs, all of the block that is at work, and what is not recomputed.
+        kept = {"blocks": 0.0, "alternate": 0.5 * (block - 1)}
+        blocks = depth + block + int(kept[config.model.checkpointing] * depth)
     return blocks + 4 + 6 * len(student.head_taps)

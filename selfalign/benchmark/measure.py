@@ -106,7 +106,7 @@ class StepBenchmark:
             _replaced(teacher, "features", timed("teacher", teacher.features)),
         ):
             clock = [time.perf_counter()]
-            losses = take_step.forward(step, step, self.batch)
+            losses = take_step.forward(step, self.batch)
             synchronize(device)
             clock.append(time.perf_counter())
             self.accelerator.backward(losses.total)

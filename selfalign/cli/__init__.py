@@ -6,6 +6,7 @@ Commands and what they need are imported when they are called for, so that help 
 import contextlib
 import importlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -101,6 +102,9 @@ def _run(words: list[str]) -> int:
     if name not in COMMANDS:
         raise UserError(f"command is {name!r}: allowed are {', '.join(COMMANDS)}")
     check_environment()
+    if name in ("evaluate", "sample"):
+        # Also as a whole: torchrun takes --num for the beginning of an option of its own.
+        rest = [re.sub("^--num-samples(?==|$)", "--num", word) for word in rest]
     _choose_ops(rest)
     # A new run has it among its settings; one that goes on has it in its config.json.
     _load_plugins(rest, keep=name == "train" and "--resume" not in rest)

@@ -79,8 +79,7 @@ class EstimateArguments(BenchArguments):
     nodes: int = 1
     """Machines that they are in, as many in each."""
     sharding: Literal["none", "gradients", "full"] = "none"
-    """What devices hold: none, all each; gradients: shares of gradients, moments, averages and, between
-    steps, weights; full: of the weights always. A plan's, not a setting of training."""
+    """What devices hold, as --training.sharding."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """In what weights are gathered and activations kept, as --training.precision."""
     gradient_accumulation: int = 1

@@ -34,7 +34,7 @@ class SampleArguments:
         default_factory=lambda: options_of(SamplingConfig())
     )
     num: int = 100
-    """How many samples."""
+    """How many samples (under torchrun: --num-samples)."""
     labels: Literal["random", "balanced"] | tuple[int, ...] = "random"
     """Classes: drawn at random, balanced (sample i has class i modulo their number), or given ones,
     repeated in order over the samples."""

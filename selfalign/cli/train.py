@@ -1,11 +1,12 @@
 """`selfalign train`."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import RenderableType
@@ -43,6 +44,10 @@ class ResumedTraining:
 
     steps: int | None = None
     """Optimizer steps in all; left out: as the run was started."""
+    gradient_accumulation: int | None = None
+    """Micro-batches per optimizer step and process; left out: as before."""
+    sharding: Literal["none", "gradients", "full"] | None = None
+    """What processes hold; left out: as before."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +109,14 @@ def train_command(arguments: Sequence[str]) -> int:
         if not trains:
             return 0
         with importing():
-            from selfalign.runs.start import start_run
+            from selfalign.runs.start import resume_run, start_run
 
         with _progress() as progress:
+            # What torchrun starts again (--max-restarts) is the same command line.
+            again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+            if again and (parsed.out / "config.json").is_file():
+                restarted = resume_run(parsed.out, None, progress, found=_found)
+                return 0 if restarted is None else _report(restarted)
             state = start_run(config, parsed.out, progress, found=_found)
     else:
         resumed = parse(
@@ -128,6 +138,8 @@ def train_command(arguments: Sequence[str]) -> int:
                 step=resumed.step,
                 data_root=resumed.data.root,
                 accept_changes=resumed.data.accept_changes,
+                gradient_accumulation=resumed.training.gradient_accumulation,
+                sharding=resumed.training.sharding,
             )
         if going_on is None:
             if is_first_process():
@@ -275,7 +287,7 @@ def _report(state: Any) -> int:
         state: a `TrainingState`, whose module is imported only once a run has begun.
     """
     from selfalign.runs.folder import read_record
-    from selfalign.training.tracking import read_metrics
+    from selfalign.training.tracking import FOR_CURVES, read_metrics
 
     stopped = state.step < state.config.training.steps
     code = 128 + (state.stopped_by or 0) if stopped else 0
@@ -289,7 +301,7 @@ def _report(state: Any) -> int:
         )
         return code
     config = read_record(folder).config
-    metrics = read_metrics(folder)
+    metrics = read_metrics(folder, FOR_CURVES)
     last = next((line for line in reversed(metrics) if "loss" in line), None)
     heldout = next((line for line in reversed(metrics) if "heldout_ema" in line), None)
     parameters = sum(p.numel() for p in state.student.parameters())

@@ -53,7 +53,7 @@ class EvaluationConfig:
     metrics: tuple[MetricName, ...] = ()
     """Which metrics; left out: all that inputs and features allow."""
     num: int | None = None
-    """How many samples; left out: 1000 of a run, all of a file or folder."""
+    """How many samples (under torchrun: --num-samples); left out: 1000 of a run, all of a file or folder."""
     labels: Literal["random", "balanced"] | tuple[int, ...] = "random"
     """Classes of a run's samples: drawn at random, balanced (sample i has class i modulo their number),
     or given ones, repeated in order."""

@@ -122,9 +122,9 @@ def import_run(
         else resolve(config, source.channels, source.image_size, source.num_classes)
     )
     student = build_student(resolved)
-    told = load_start(Start(raw, ema), student, {})
+    told = load_start(Start(raw, ema), student, ())
     average = build_student(resolved)
-    load_start(Start(ema, ema), average, {})
+    load_start(Start(ema, ema), average, ())
     made = missing_folders(folder)
     try:
         with locked(folder, "is in use: another process writes it"), _emptied_if_it_fails(folder):

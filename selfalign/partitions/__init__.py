@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from selfalign.parts import Part
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
     from selfalign.flow import Path
     from selfalign.network import Backbone, Tap
+    from selfalign.randomness import Share
     from selfalign.tokens import TokenGrid
 
 
@@ -28,7 +31,7 @@ class Ungrouped:
     samples: int
     """Samples B of the batch."""
     generator: Generator
-    """The step's."""
+    """The step's, for `uniform` and `integers`."""
     x0: Float[Tensor, "B C *sides"] | None = None
     """The clean samples; None where only shapes are known."""
     noise: Float[Tensor, "B C *sides"] | None = None
@@ -39,6 +42,8 @@ class Ungrouped:
     """The EMA model; None where there is none, as where a batch is only shown."""
     condition: Any = None
     """Of every sample, for the teacher."""
+    share: Share | None = None
+    """Which of the samples that a step draws for these are; None: all."""
 
     @property
     def device(self) -> torch.device:
@@ -49,7 +54,19 @@ class Ungrouped:
         """Random numbers in [0, 1) for every sample."""
         import torch
 
-        return torch.rand(self.samples, *shape, generator=self.generator, device=self.device)
+        return self._drawn(torch.rand, shape)
+
+    def integers(self, below: int, *shape: int) -> Int[Tensor, "B ..."]:
+        """Random whole numbers from 0, below another one, for every sample."""
+        import torch
+
+        return self._drawn(partial(torch.randint, below), shape)
+
+    def _drawn(self, draw: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+        """Numbers for the samples of all shares, of which these keep their own."""
+        shares = 1 if self.share is None else self.share.count
+        drawn = draw((shares * self.samples, *shape), generator=self.generator, device=self.device)
+        return drawn if self.share is None else self.share.own(drawn)
 
     def teacher_features(self, tap: Tap, timestep: float) -> Float[Tensor, "B N D"] | None:
         """The teacher's features of the whole samples at one timestep, in image order; None without one."""
@@ -107,5 +124,5 @@ class Partition(Part):
         """A permutation of each sample's tokens; group k is its k-th slice, of `batch.sizes[k]` tokens.
 
         Args:
-            batch: all there is to look at. The order is on its generator's device, and nothing else draws.
+            batch: all there is to look at, and what draws. The order is on its generator's device.
         """

@@ -33,10 +33,8 @@ class Checkerboard(Partition):
 
     def order(self, batch: Ungrouped) -> Int[Tensor, "B N"]:
         """Tokens by colour, and within a colour at random."""
-        import torch
-
-        device, colours = batch.device, len(batch.sizes)
-        first = torch.randint(colours, (batch.samples, 1), generator=batch.generator, device=device)
-        diagonal = (batch.grid.coordinates(device) // self.field).sum(dim=1)
+        colours = len(batch.sizes)
+        first = batch.integers(colours, 1)
+        diagonal = (batch.grid.coordinates(batch.device) // self.field).sum(dim=1)
         colour = (diagonal + first) % colours
         return (colour + batch.uniform(batch.grid.num_tokens)).argsort(dim=1)

@@ -107,6 +107,8 @@ def resume_run(
     step: int | None = None,
     data_root: str | None = None,
     accept_changes: bool = False,
+    gradient_accumulation: int | None = None,
+    sharding: str | None = None,
 ) -> TrainingState | None:
     """Go on with a run from a checkpoint, perhaps to another last step.
 
@@ -120,6 +122,8 @@ def resume_run(
         step: the checkpoint to go on from, after which all is dropped; None for the last one.
         data_root: where the data is now; None: where it was.
         accept_changes: whether to go on without the images that are gone; the rest keeps its order.
+        gradient_accumulation, sharding: how the batch and the model are now shared; None: as they were. The
+            number of processes may be another too.
 
     Returns:
         The state at the end; None if there was nothing left to do.
@@ -128,13 +132,18 @@ def resume_run(
         UserError: there is no run, its checkpoint is damaged, or the data has changed.
     """
     record = read_record(folder)
-    changes = {"training.steps": steps, "data.root": data_root}
+    changes = {
+        "training.steps": steps,
+        "training.gradient_accumulation": gradient_accumulation,
+        "training.sharding": sharding,
+        "data.root": data_root,
+    }
     config = override(record.config, {k: v for k, v in changes.items() if v is not None})
     accelerator = make_accelerator(config.training, folder)
     with sole_writer(folder, accelerator):
         with together(accelerator):
             checkpoint = _checkpoint(folder, step, config.training.ema_decays)
-            read_metrics(folder)  # before anything is written, whether it can be read
+            read_metrics(folder, most=1)  # before anything is written, whether it can be read
             done = 0 if checkpoint is None else step_of(checkpoint)
             if done > config.training.steps:
                 raise UserError(

@@ -33,10 +33,12 @@ def distance(
     """A distance d of Eq. 3 between features, averaged.
 
     `cosine` is Eq. 3: over D, then the mean over tokens. `cosine-over-tokens` runs over the N tokens of
-    each channel, which is what the released SRA, DTS and AS code computes.
+    each channel, which is what the released SRA, DTS and AS code computes. Features in half precision
+    are compared in float32: the square of a norm is beyond float16.
     """
     from torch.nn import functional
 
+    student, target = _precise(student), _precise(target)
     if name == "cosine":
         return 1 - functional.cosine_similarity(student, target, dim=2).mean()
     if name == "cosine-over-tokens":
@@ -54,8 +56,16 @@ def normalised(kind: str, features: Float[Tensor, "B N Z"]) -> Float[Tensor, "B 
     """
     if kind == "none":
         return features
+    features = _precise(features)
     centred = features - features.mean(dim=1, keepdim=True)
     return centred / (features.std(dim=1, keepdim=True) + SPREAD)
+
+
+def _precise(features: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+    """In float32 at least."""
+    import torch
+
+    return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 @register("alignment")

@@ -9,6 +9,7 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from selfalign.errors import UserError
 from selfalign.processes import open_accelerator
 from selfalign.sections import TrainingConfig
+from selfalign.training.sharding import check_sharding
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -37,12 +38,13 @@ def make_accelerator(training: TrainingConfig, folder: Path) -> Accelerator:
                 str(folder), logging_dir=str(folder / "tensorboard")
             ),
             # Buffers are constants; processes would send them to each other at every step.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
     except ValueError as error:
         raise UserError(f"{refusal} ({error})") from error
     if training.precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError(f"{refusal}, bf16 on CPUs too")  # accelerate would quietly run float32
+    check_sharding(training, accelerator)
     shares = accelerator.num_processes * training.gradient_accumulation
     if training.batch_size % shares:
         raise UserError(

@@ -29,9 +29,11 @@ from selfalign.records import read_bytes, read_json, write_json
 from selfalign.weights import (
     differences,
     listed,
+    local,
     not_finite,
     read_header,
     read_safetensors,
+    shard_like,
     write_safetensors,
 )
 
@@ -119,39 +121,85 @@ def save_checkpoint(
         UserError: the disk is full or not writable, or a tensor is not finite; earlier checkpoints are
             untouched.
     """
-    target = folder / checkpoint_name(state.step)
-    partial = folder / f".{target.name}.partial"
-    tensors = {
+    tensors = checkpoint_tensors(student, ema, optimizer, averages)
+    require_finite(folder, state, tensors)
+    try:
+        partial = begin_checkpoint(folder, state)
+        for file, named in tensors.items():
+            write_safetensors(partial / file, named)
+        target = complete_checkpoint(folder, list(tensors), state)
+    except (OSError, SafetensorError, UserError) as error:
+        needed = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
+        why = reason(error, folder, needed)
+        sweep(folder)
+        target = folder / checkpoint_name(state.step)
+        raise UserError(f"checkpoint {target} cannot be written: {why}") from error
+    prune(target, keep)
+    return target
+
+
+def checkpoint_tensors(
+    student: nn.Module,
+    ema: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    averages: Mapping[str, nn.Module] = MappingProxyType({}),
+) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint holds, by file and name. Arguments as for `save_checkpoint`."""
+    return {
         "model.safetensors": student.state_dict(),
         "ema.safetensors": ema.state_dict(),
         **{file: model.state_dict() for file, model in averages.items()},
         "optimizer.safetensors": _optimizer_tensors(student, optimizer),
     }
+
+
+def require_finite(
+    folder: Path, state: CheckpointState, tensors: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Refuse to write numbers that are not finite.
+
+    Raises:
+        UserError: there are some; the message names tensor and file.
+    """
     for file, named in tensors.items():
         if poisoned := not_finite(named):
             raise UserError(
-                f"checkpoint {target} is not written: {listed(poisoned)} of {file} is not finite; "
-                "earlier checkpoints are untouched"
+                f"checkpoint {folder / checkpoint_name(state.step)} is not written: {listed(poisoned)} of "
+                f"{file} is not finite; earlier checkpoints are untouched"
             )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        sweep(folder)
-        partial.mkdir()
-        for file, named in tensors.items():
-            write_safetensors(partial / file, named)
-        write_json(partial / "state.json", state)
-        sums = {file: _checksum(partial / file) for file in (*tensors, "state.json")}
-        write_json(partial / CHECKSUMS, Checksums(sums))
-        if target.exists():  # of the same step, before the run went back to an earlier one
-            _drop(target)
-        publish(partial, target)
-        _point(folder / "latest", target)
-    except (OSError, SafetensorError, UserError) as error:
-        needed = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
-        why = reason(error, folder, needed)
-        sweep(folder)
-        raise UserError(f"checkpoint {target} cannot be written: {why}") from error
-    prune(target, keep)
+
+
+def partial_checkpoint(folder: Path, state: CheckpointState) -> Path:
+    """Where a checkpoint is written until it is whole."""
+    return folder / f".{checkpoint_name(state.step)}.partial"
+
+
+def begin_checkpoint(folder: Path, state: CheckpointState) -> Path:
+    """Make the empty folder of `partial_checkpoint`; what interrupted writing left goes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    partial = partial_checkpoint(folder, state)
+    partial.mkdir()
+    return partial
+
+
+def complete_checkpoint(folder: Path, files: Sequence[str], state: CheckpointState) -> Path:
+    """Add state and checksums to the files of a checkpoint, and make it the latest.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        files: that have been written into `partial_checkpoint`.
+        state: as for `save_checkpoint`.
+    """
+    target = folder / checkpoint_name(state.step)
+    partial = partial_checkpoint(folder, state)
+    write_json(partial / "state.json", state)
+    sums = {file: _checksum(partial / file) for file in (*files, "state.json")}
+    write_json(partial / CHECKSUMS, Checksums(sums))
+    if target.exists():  # of the same step, before the run went back to an earlier one
+        _drop(target)
+    publish(partial, target)
+    _point(folder / "latest", target)
     return target
 
 
@@ -268,8 +316,9 @@ def load_weights(checkpoint: Path, model: nn.Module, file: str) -> None:
     Raises:
         UserError: the file is damaged or belongs to another model.
     """
-    tensors = _load(checkpoint / file)
-    if wrong := differences(model.state_dict(), tensors):
+    own = model.state_dict()
+    tensors = _load(checkpoint / file, own)
+    if wrong := differences(own, tensors):
         raise UserError(f"{checkpoint / file} does not fit the model: {listed(wrong)}")
     model.load_state_dict(tensors)
 
@@ -283,7 +332,7 @@ def load_optimizer(checkpoint: Path, student: nn.Module, optimizer: torch.optim.
     path = checkpoint / "optimizer.safetensors"
     names = {parameter: name for name, parameter in student.named_parameters()}
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for entry, value in _load(path).items():
+    for entry, value in _load(path, dict(student.named_parameters())).items():
         key, _, name = entry.partition("|")
         found[name][key] = value
     wrong = [f"{name!r} is unknown" for name in found.keys() - names.values()]
@@ -297,14 +346,14 @@ def load_optimizer(checkpoint: Path, student: nn.Module, optimizer: torch.optim.
             expected = {
                 key: parameter.new_empty((), device="meta", dtype=torch.float32)
                 if key == "step"
-                else parameter.to("meta")
+                else torch.empty_like(parameter, device="meta")
                 for key in keys
             }
             wrong += [f"{text} of {name}" for text in differences(expected, found[name])]
             wrong += [
                 f"{key} of {name} is negative"
                 for key in ("step", "exp_avg_sq")
-                if key in found[name] and found[name][key].numel() and found[name][key].min() < 0
+                if key in found[name] and local(found[name][key]).lt(0).any()
             ]
             state[index] = found[name]
             index += 1
@@ -391,8 +440,20 @@ def _optimizer_tensors(student: nn.Module, optimizer: torch.optim.Optimizer) -> 
     }
 
 
-def _load(path: Path) -> dict[str, Tensor]:
-    tensors = read_safetensors(path)
+def _load(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file; of what is sharded in a model, this process's part.
+
+    Args:
+        path: the file.
+        like: the model's tensors, by the name that stands last in the file's.
+    """
+
+    def own(name: str, tensor: Tensor) -> Tensor:
+        model = like.get(name.rpartition("|")[2])
+        return tensor if model is None else shard_like(tensor, model)
+
+    sharded = any(hasattr(tensor, "placements") for tensor in like.values())
+    tensors = read_safetensors(path, own if sharded else None)
     if poisoned := not_finite(tensors):
         raise UserError(f"{path} is damaged: {listed(poisoned)} is not finite")
     return tensors

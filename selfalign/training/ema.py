@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from selfalign.network import AnyBackbone
+from selfalign.weights import local
 
 
 class EMA(Generic[AnyBackbone]):
@@ -22,8 +23,13 @@ class EMA(Generic[AnyBackbone]):
     def __init__(self, student: AnyBackbone, decay: float, warmup: bool = True) -> None:
         self.decay, self.warmup = decay, warmup
         self.model = copy.deepcopy(student).eval().requires_grad_(False)
-        self._averages: list[Tensor] = list(self.model.parameters())
-        self._weights: list[Tensor] = list(student.parameters())
+        self._student = student
+        self.follow()
+
+    def follow(self) -> None:
+        """Look up the tensors of student and average: once they have been sharded, they are others."""
+        self._averages: list[Tensor] = [local(tensor) for tensor in self.model.parameters()]
+        self._weights: list[Tensor] = [local(tensor) for tensor in self._student.parameters()]
 
     def decay_at(self, step: int) -> float:
         """Decay of the update after optimizer step `step`, counted from 0."""

@@ -1,13 +1,14 @@
 """The training loop, top to bottom."""
 
+import copy
 import itertools
 import signal
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 
 from selfalign.config import ResolvedConfig
 from selfalign.curriculums import Learner
+from selfalign.data.batch import beside
 from selfalign.data.source import DataSource, Features
 from selfalign.data.stream import BatchOfMicroStep, training_batches
 from selfalign.errors import Interrupted, UserError
@@ -29,6 +31,7 @@ from selfalign.student import build_student
 from selfalign.training.checkpoint import (
     WEIGHTS,
     CheckpointState,
+    checkpoint_tensors,
     is_monitored,
     load_optimizer,
     load_weights,
@@ -40,6 +43,8 @@ from selfalign.training.checkpoint import (
 from selfalign.training.ema import EMA
 from selfalign.training.finite import explain
 from selfalign.training.heldout import heldout_loss
+from selfalign.training.sharded_checkpoint import ShardedCheckpoints
+from selfalign.training.sharding import is_sharded, shard, whole_copy
 from selfalign.training.starting import load_start, read_start
 from selfalign.training.step import TrainingStep, learning_rate, make_optimizer
 from selfalign.training.tracking import Metrics
@@ -72,6 +77,8 @@ class TrainingState:
     stopped_by: int | None = None
     """The signal that stopped the run before its last step."""
     metrics: Metrics | None = field(default=None, repr=False)
+    background: ShardedCheckpoints | None = field(default=None, repr=False)
+    """What writes the checkpoints of a sharded run."""
 
 
 class Monitor(Protocol):
@@ -111,26 +118,36 @@ def begin(
         UserError: the checkpoint is damaged or of another model.
     """
     training = config.training
-    student = build_student(config).to(accelerator.device)
+    sharded = is_sharded(training, accelerator)
+    student = build_student(config)
+    if not sharded:  # shards go to the device one by one
+        student.to(accelerator.device)
     student.describe(source.class_names)
     decays = training.ema_decays
-    ema, *further = (EMA(student, decay, training.ema_warmup) for decay in decays)
+    kept = [EMA(student, decay, training.ema_warmup) for decay in decays]
+    if checkpoint is None and training.start_from is not None:
+        with together(accelerator):
+            start = read_start(Path(training.start_from), training.start_weights)
+            told = load_start(start, student, [each.model for each in kept])
+        if told and accelerator.is_main_process:
+            warnings.warn(f"weights of {training.start_from}: {'; '.join(told)}", stacklevel=2)
+    if sharded:
+        for model in (student, *(each.model for each in kept)):
+            shard(model, training, accelerator)
+        for each in kept:
+            each.follow()
+    ema, *further = kept
     averages = {weights_file(f"ema:{each.decay!r}", decays): each for each in further}
     optimizer = make_optimizer(config, student)
     learner = config.curriculum.learner(config)
     state = TrainingState(
         config, source, folder, accelerator, student, ema, optimizer, averages, learner=learner
     )
+    if sharded:
+        state.background = ShardedCheckpoints(accelerator)
     if checkpoint is not None:
         with together(accelerator):
             _restore(state, checkpoint)
-    elif training.start_from is not None:
-        with together(accelerator):
-            start = read_start(Path(training.start_from), training.start_weights)
-            models = {"": ema.model, **{file: each.model for file, each in averages.items()}}
-            told = load_start(start, student, models)
-        if told and accelerator.is_main_process:
-            warnings.warn(f"weights of {training.start_from}: {'; '.join(told)}", stacklevel=2)
     return state
 
 
@@ -196,7 +213,7 @@ def train(
             micro_batches = []
             try:
                 for batch in itertools.islice(batches, training.gradient_accumulation):
-                    micro_batches.append(batch.to(accelerator.device))
+                    micro_batches.append(beside(accelerator.device, batch))
             except UserError:
                 _save_before_ending(state, take_step)
                 raise
@@ -222,6 +239,8 @@ def train(
             _teach(state)
             _run_monitors(state, monitors, failed, take_step)
             started += time.perf_counter() - before  # monitors do not count as training time
+    if state.background is not None:
+        state.background.finish()  # before accelerate ends the group
     state.metrics.close()
     return state
 
@@ -275,23 +294,21 @@ def _restore(state: TrainingState, checkpoint: Path) -> None:
 
 def _save(state: TrainingState) -> None:
     state.accelerator.wait_for_everyone()
-    if state.accelerator.is_main_process:
-        scaler = state.accelerator.scaler
-        save_checkpoint(
-            state.folder / "checkpoints",
-            state.student,
-            state.ema.model,
-            state.optimizer,
-            CheckpointState(
-                state.step,
-                scaler.state_dict() if scaler is not None else None,
-                state.skipped,
-                state.config.training.optimizer,
-                None if state.learner is None else dict(state.learner.state()),
-            ),
-            state.config.training.keep_checkpoints,
-            {file: average.model for file, average in state.averages.items()},
-        )
+    folder, keep = state.folder / "checkpoints", state.config.training.keep_checkpoints
+    scaler = state.accelerator.scaler
+    about = CheckpointState(
+        state.step,
+        scaler.state_dict() if scaler is not None else None,
+        state.skipped,
+        state.config.training.optimizer,
+        None if state.learner is None else dict(state.learner.state()),
+    )
+    averages = {file: average.model for file, average in state.averages.items()}
+    parts = state.student, state.ema.model, state.optimizer
+    if state.background is not None:
+        state.background.save(folder, checkpoint_tensors(*parts, averages), about, keep)
+    elif state.accelerator.is_main_process:
+        save_checkpoint(folder, *parts, about, keep, averages)
     state.saved_step = state.step
 
 
@@ -332,12 +349,13 @@ def _watch(state: TrainingState, monitors: Sequence[Monitor], failed: set[type])
         monitors: all of them.
         failed: kinds of monitors that have failed before, and were warned of.
     """
+    due = _due(state, monitors)
+    seen = _as_whole(state) if due and state.background is not None else state
     with together(state.accelerator):
-        if not state.accelerator.is_main_process:
-            return
-        for monitor in _due(state, monitors):
+        for monitor in due if state.accelerator.is_main_process else ():
             try:
-                monitor(state)
+                with _uncompiled(state.config):
+                    monitor(seen)
             except (Exception, SystemExit) as error:  # noqa: BLE001 – also of other people's code
                 if type(monitor) not in failed:
                     failed.add(type(monitor))
@@ -346,8 +364,29 @@ def _watch(state: TrainingState, monitors: Sequence[Monitor], failed: set[type])
                         f"{type(error).__name__}: {error}",
                         stacklevel=2,
                     )
-        if state.saved_step == state.step:
+        if state.background is not None and (due or _is_finished(state)):
+            state.background.finish()
+        if state.accelerator.is_main_process and state.saved_step == state.step:
             mark_monitored(state.folder / "checkpoints", state.step)
+
+
+def _uncompiled(config: ResolvedConfig) -> AbstractContextManager[object]:
+    """A block in which nothing is compiled: monitors run models a few times, at shapes of their own."""
+    if not config.training.compile:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def _as_whole(state: TrainingState) -> TrainingState:
+    """A sharded state with whole models in the main process: monitors are called there alone."""
+    config, accelerator = state.config, state.accelerator
+    ema = copy.copy(state.ema)
+    captions = state.source.class_names
+    student, ema.model = (
+        whole_copy(model, config, captions, accelerator)
+        for model in (state.student, state.ema.model)
+    )
+    return replace(state, student=student, ema=ema)
 
 
 def _due(state: TrainingState, monitors: Sequence[Monitor]) -> list[Monitor]:

@@ -1,6 +1,6 @@
 """Weights that a run starts from: of another run, or of a file; what does not fit them begins anew."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,7 +146,7 @@ def _fit_positions(fitted: dict[str, Tensor], own: Weights) -> list[str]:
     return [f"positions of {sides[0]}×{sides[0]} tokens are interpolated to {sides[1]}×{sides[1]}"]
 
 
-def load_start(start: Start, student: Backbone, averages: Mapping[str, Backbone]) -> list[str]:
+def load_start(start: Start, student: Backbone, averages: Iterable[Backbone]) -> list[str]:
     """Load weights into a student and its averages, and say what had to be done.
 
     Args:
@@ -160,6 +160,6 @@ def load_start(start: Start, student: Backbone, averages: Mapping[str, Backbone]
     raw, told = fit_weights(start.raw, student)
     averaged = raw if start.ema is start.raw else fit_weights(start.ema, student)[0]
     student.load_state_dict(raw)
-    for average in averages.values():
+    for average in averages:
         average.load_state_dict(averaged)
     return told

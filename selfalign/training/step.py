@@ -15,11 +15,13 @@ from selfalign.config import ResolvedConfig, RunConfig
 from selfalign.memory import keep_freed_memory
 from selfalign.network import Backbone
 from selfalign.objective import Losses, Objective
-from selfalign.randomness import make_generator
+from selfalign.randomness import Share, make_generator
 from selfalign.sections import TrainingConfig, ViewsConfig
 from selfalign.training.ema import EMA
 from selfalign.training.finite import FiniteSteps
+from selfalign.training.sharding import is_sharded
 from selfalign.views import draw_views
+from selfalign.weights import gathered
 
 if TYPE_CHECKING:  # a step by itself needs no images and no files
     from selfalign.curriculums import Learner
@@ -74,14 +76,20 @@ class TrainingStep:
         self.student, self.ema, self.averages = student, ema, averages
         self.learner = learner
         self._parameters = list(student.parameters())
-        self._model: nn.Module
-        self._model, self._optimizer = accelerator.prepare(student, optimizer)
-        # The objective runs under autocast; whoever looks at the student sees float32.
-        accelerator.unwrap_model(self._model, keep_fp32_wrapper=False)
+        self._model: nn.Module = student
+        self._optimizer = optimizer
+        if not is_sharded(config.training, accelerator):
+            self._model, self._optimizer = accelerator.prepare(student, optimizer)
+            # The objective runs under autocast; whoever looks at the student sees float32.
+            accelerator.unwrap_model(self._model, keep_fp32_wrapper=False)
         self.finite = FiniteSteps(config.training, optimizer, accelerator.device, skipped)
         # All processes have to agree, and have only the gradient in common.
         self._watches_losses = accelerator.num_processes == 1
-        self.objective = Objective(config, compile=config.training.compile)
+        by_block = config.training.compile_region == "blocks"
+        if config.training.compile and by_block:
+            for block in [*student.blocks, *ema.model.blocks]:
+                block.compile(dynamic=False)
+        self.objective = Objective(config, compile=config.training.compile and not by_block)
 
     def __call__(self, step: int, batches: Sequence[Batch]) -> tuple[list[Losses], Tensor]:
         """Take optimizer step `step`, counted from 0.
@@ -94,24 +102,28 @@ class TrainingStep:
             Losses per micro-batch, and the norm of the gradient before clipping.
         """
         losses = []
-        for micro_step, batch in enumerate(batches):
-            last = micro_step == len(batches) - 1
-            # Processes exchange gradients at the last micro-batch only.
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            # Processes exchange gradients at the last micro-batch only; of shards each time, so that none
+            # holds them all.
             with nullcontext() if last else self.accelerator.no_sync(self._model):
-                loss = self.forward(step, step * len(batches) + micro_step, batch)
+                loss = self.forward(step, batch, number)
                 self.accelerator.backward(loss.total / len(batches))
             losses.append(loss)
         return losses, self.update(step, losses)
 
-    def forward(self, step: int, micro_step: int, batch: Batch) -> Losses:
-        """The objective of a step on the draw of a micro-step."""
-        rank, device = self.accelerator.process_index, self.accelerator.device
-        generator = make_generator(self.config.seed, "views", micro_step, rank, device=device)
+    def forward(self, step: int, batch: Batch, number: int = 0) -> Losses:
+        """The objective of a step on this process's micro-batch of some number."""
+        accelerator, accumulated = self.accelerator, self.config.training.gradient_accumulation
+        processes, device = accelerator.num_processes, accelerator.device
+        share = Share(number * processes + accelerator.process_index, accumulated * processes)
+        generator = make_generator(self.config.seed, "views", step, 0, device=device)
         x0, labels, features = batch
-        with self.accelerator.autocast():
+        with accelerator.autocast():
             # Some partitions run the teacher.
-            draw = draw_views(self.config, x0, generator, self.views(step), self.ema.model, labels)
-            return self.objective(self._model, self.ema.model, x0, labels, draw, step, features)
+            teacher, views = self.ema.model, self.views(step)
+            draw = draw_views(self.config, x0, generator, views, teacher, labels, share)
+            return self.objective(self._model, teacher, x0, labels, draw, step, features)
 
     def views(self, step: int) -> ViewsConfig:
         """How the batch of a step is grouped."""
@@ -124,7 +136,9 @@ class TrainingStep:
         training = self.config.training
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(training, step)
-        norm = self.accelerator.clip_grad_norm_(self._parameters, training.clip_norm or math.inf)
+        norm = gathered(
+            self.accelerator.clip_grad_norm_(self._parameters, training.clip_norm or math.inf)
+        )
         checks = [loss.total for loss in losses] if self._watches_losses else []
         if self.accelerator.scaler is None:
             self.finite.step(self.finite.judge([*checks, norm]), self._optimizer)

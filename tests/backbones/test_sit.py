@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import randomize, resolved, small_model
 
-from selfalign import SiT, TokenGroups, build_student, make_generator
+from selfalign import SiT, TokenGroups, build_student, make_generator, ops
 from selfalign.tokens import patchify
 
 
@@ -345,6 +345,36 @@ class TestGradientCheckpointing:
         assert gradients[0].keys() == gradients[1].keys()
         for name, gradient in gradients[0].items():
             assert torch.equal(gradient, gradients[1][name]), name
+
+    @pytest.mark.parametrize("choice", ["auto", "torch"])
+    @pytest.mark.parametrize("policy", ["alternate"])
+    def test_other_policies_keep_more_and_change_nothing(self, policy, choice):
+        kept, gradients = {}, {}
+        for checkpointing in (None, "blocks", policy):
+            settings = {"checkpointing": checkpointing} if checkpointing else {}
+            model = small_model(
+                gradient_checkpointing=checkpointing is not None,
+                dtype=torch.float32,
+                hidden_size=48,
+                depth=4,
+                **settings,
+            )
+            tokens, timesteps, labels = inputs(model, groups=2)
+            groups = random_groups(model, (10, 14), separate=True)
+            sizes = []
+            with (
+                ops.use(choice),
+                torch.autograd.graph.saved_tensors_hooks(
+                    lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t
+                ),
+            ):
+                arguments = [x.float() if x.is_floating_point() else x for x in (tokens, timesteps)]
+                model(*arguments, labels, groups).velocity.square().mean().backward()
+            kept[checkpointing] = sum(sizes)
+            gradients[checkpointing] = [p.grad for p in model.parameters() if p.grad is not None]
+        assert kept["blocks"] < kept[None]
+        for own, plain in zip(gradients[policy], gradients[None], strict=True):
+            assert torch.allclose(own, plain, rtol=1e-5, atol=1e-7)
 
     def test_keeps_less_for_the_backward_pass(self):
         kept = []

@@ -268,13 +268,13 @@ class TestRun:
         assert len({folder, *others}) == 4
 
 
-def test_two_processes_give_the_numbers_of_one(
+def test_several_processes_give_the_numbers_of_one(
     run_folder: Path, cache: Path, tmp_path: Path
 ) -> None:
     """Sharded generation and feature extraction under torchrun, over gloo on the CPU."""
     get_classifier(SOURCE, "digits")
     numbers = []
-    for processes in (1, 2):
+    for processes in (1, 2, 3):
         folder = tmp_path / f"run{processes}"
         shutil.copytree(run_folder, folder)
         environment = {
@@ -287,17 +287,17 @@ def test_two_processes_give_the_numbers_of_one(
         shutil.copytree(cache / "classifiers", tmp_path / f"cache{processes}" / "classifiers")
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            # Without the two dashes torchrun takes --num for an abbreviation of its own options.
-            *("--nproc-per-node", str(processes), "-m", "--", "selfalign.cli"),
+            *("--nproc-per-node", str(processes), "-m", "selfalign.cli"),
             *("evaluate", str(folder)),
-            *("--num", "600", "--steps", "1", "--out", str(tmp_path / f"out{processes}")),
+            # torchrun would take --num for an abbreviation of an option of its own.
+            *("--num-samples", "600", "--steps", "1", "--out", str(tmp_path / f"out{processes}")),
         ]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         numbers.append(json.loads((tmp_path / f"out{processes}" / "evaluation.json").read_text()))
-    assert [n["settings"]["processes"] for n in numbers] == [1, 2]
+    assert [n["settings"]["processes"] for n in numbers] == [1, 2, 3]
     for part in ("metrics", "heldout_images", "heldout_denoising_loss"):
-        assert numbers[0][part] == numbers[1][part]
+        assert numbers[0][part] == numbers[1][part] == numbers[2][part]
     fingerprints = {n["settings"]["samples"]["fingerprint"] for n in numbers}
     assert len(fingerprints) == 1
 

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from selfalign import TokenGroups, make_generator
+from selfalign.backbones.sit import sizes
 from selfalign.backbones.sit.model import Attention
+from selfalign.ops import reference as plain
 
 SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=8).map(tuple)
 
@@ -139,3 +141,21 @@ def test_keeps_the_dtype_it_is_given(dtype):
     assert out.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 0.3
     assert (out.double() - expected).abs().max() < tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("size", sizes.SIZES)
+def test_flash_attention_may_take_every_slice(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It wants heads of a multiple of eight features, 256 at most, side by side in memory."""
+    width, heads = sizes.SIZES[size].hidden_size, sizes.SIZES[size].heads
+    seen = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen.extend([q, k, v])
+        return q
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    plain.attention(torch.zeros(2, 16, 3 * width), heads, ((0, 2, 0, 5), (0, 2, 5, 16)))
+    assert {tensor.shape[2] for tensor in seen} == {5, 11}
+    for tensor in seen:
+        assert tensor.shape[3] * heads == width and tensor.stride(3) == 1
+        assert tensor.shape[3] % 8 == 0 and tensor.shape[3] <= 256

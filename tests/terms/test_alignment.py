@@ -10,7 +10,7 @@ from support import float64_draw, resolved, small_model
 
 from selfalign import Objective, UserError, build_student
 from selfalign.heads import ProjectionHead
-from selfalign.terms.alignment import Alignment, distance
+from selfalign.terms.alignment import Alignment, distance, normalised
 
 DISTANCES = get_args(get_type_hints(Alignment)["distance"])
 
@@ -128,3 +128,15 @@ def test_blocks_that_are_not_there_are_refused(block):
         UserError, match=rf"terms\.alignment\.block is {block}: allowed are a block"
     ):
         resolved("sra", {"terms.alignment.block": block})
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+@pytest.mark.parametrize("spatial_norm", ["none", "zscore"])
+def test_features_in_half_precision_do_not_overflow(name: str, spatial_norm: str) -> None:
+    """The squared norm of 1,152 features of 60 is 4·10⁶, and float16 ends at 65,504."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (60 * torch.randn(2, 40, 1152, generator=generator).half() for _ in range(2))
+    found = distance(name, a, normalised(spatial_norm, b))
+    expected = distance(name, a.double(), normalised(spatial_norm, b.double()))
+    assert found.dtype == torch.float32
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)

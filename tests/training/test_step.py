@@ -1,5 +1,7 @@
 """The step as accelerators will run it: on one device, without waiting, as one graph."""
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import selfalign
 from selfalign import (
     Draw,
     Objective,
@@ -20,6 +23,7 @@ from selfalign import (
     resolve,
 )
 from selfalign import recipe as make_recipe
+from selfalign.backbones.sit.sizes import SIZES
 from selfalign.benchmark.measure import StepBenchmark
 from selfalign.network import Backbone
 from selfalign.training.accelerator import make_accelerator
@@ -160,6 +164,27 @@ def test_compiles_to_one_graph_once(name: str, overrides: dict[str, Any], backen
         student.zero_grad()
 
 
+def test_blocks_are_compiled_once_for_any_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph for the student's blocks, one for the teacher's."""
+    graphs, losses = {}, {}
+    for depth in (3, 6):
+        monkeypatch.setitem(SIZES, "tiny", dataclasses.replace(SIZES["tiny"], depth=depth))
+        for compiled in (False, True):
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            config = small("sra-dts-as", {"training.compile": compiled})
+            benchmark = StepBenchmark(config)
+            for model in (benchmark.take_step.student, benchmark.ema.model):
+                for block in model.blocks if compiled else ():
+                    block.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+            benchmark()
+            found = benchmark.take_step.forward(1, benchmark.batch)
+            losses[depth, compiled] = float(found.total.detach())
+            graphs[depth] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert losses[depth, True] == pytest.approx(losses[depth, False], rel=1e-5)
+    assert graphs == {3: 2, 6: 2}
+
+
 def test_weights_that_change_do_not_compile_again() -> None:
     decay = {"decay": "linear", "decay_steps": 8, "stop_step": 6}
     config = small("sra", {f"terms.alignment.{name}": value for name, value in decay.items()})
@@ -186,3 +211,18 @@ def test_weights_that_change_do_not_compile_again() -> None:
 def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     config = make_recipe("sit", {"training.batch_size": 8, "training.gradient_accumulation": 4})
     assert make_accelerator(config.training, tmp_path).num_processes == 1
+
+
+def test_the_method_asks_no_device() -> None:
+    """Devices are the accelerator's and the operations' matter, not that of models, views and losses."""
+    package = Path(selfalign.__file__).parent
+    names = ("objective", "views", "flow", "tokens", "network", "heads", "embedders", "student")
+    files = [package / f"{name}.py" for name in names]
+    for folder in (
+        *("terms", "targets", "partitions", "schedules", "conditions", "backbones", "projectors"),
+    ):
+        files += (package / folder).rglob("*.py")
+    asked = re.compile(r"\.cuda\b|device\.type|is_cuda|is_cpu|autocast\(|bfloat16|torch\.mps")
+    found = [f"{path.name}: {line}" for path in files for line in path.read_text().splitlines()]
+    assert len(files) > 30
+    assert [line for line in found if asked.search(line)] == []

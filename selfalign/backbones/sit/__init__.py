@@ -66,5 +66,6 @@ class SiTConfig(BackboneConfig):
             "condition": config.condition,
             "qk_norm": model.qk_norm,
             "gradient_checkpointing": model.gradient_checkpointing,
+            "checkpointing": model.checkpointing,
             "mask_token": config.views.hidden_as == "mask",
         }

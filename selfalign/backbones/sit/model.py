@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from selfalign import ops
 from selfalign.conditions import Condition
@@ -18,6 +17,7 @@ from selfalign.masked import attend, attend_within
 from selfalign.network import Hidden, Tap
 from selfalign.ops.modules import Linear
 from selfalign.pretrained import Pretrained
+from selfalign.recomputation import recomputed
 from selfalign.texts import Read
 from selfalign.tokens import TokenGrid, TokenGroups
 
@@ -165,6 +165,7 @@ class SiT(Pretrained):
         condition: what a sample is conditioned on.
         qk_norm: normalise queries and keys per head.
         gradient_checkpointing: recompute blocks in the backward pass.
+        checkpointing: which, and what of them, as `recomputed` has it.
         out_channels: channels per patch position of the output; released models with learned sigma
             have 2·C, of which the first C are the velocity.
         mask_token: whether there is a token that stands for hidden ones.
@@ -187,6 +188,7 @@ class SiT(Pretrained):
         condition: Condition | None = None,
         qk_norm: bool = False,
         gradient_checkpointing: bool = False,
+        checkpointing: str = "blocks",
         out_channels: int | None = None,
         mask_token: bool = False,
         projection_head: bool = False,
@@ -195,7 +197,7 @@ class SiT(Pretrained):
         grid = TokenGrid(tuple(image_size), patch_size)
         super().__init__(grid, channels, condition, num_classes)
         self.hidden_size = hidden_size
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.checkpointing = gradient_checkpointing, checkpointing
         self.x_embedder = PatchEmbedder(self.grid, channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = condition.embedder(num_classes, hidden_size)
@@ -277,19 +279,19 @@ class SiT(Pretrained):
         for number, block in enumerate(self.blocks[:last], 1):
             seen = groups.in_block(number)
             if seen is groups:
-                x = self._run(block, x, embedded, groups, *text)
+                x = self._run(number, block, x, embedded, groups, *text)
             else:  # the last groups pass by
                 kept = seen.ends[-1]
                 condition_of_kept = embedded[:, : len(seen.sizes)]
-                worked_on = self._run(block, x[:, :kept], condition_of_kept, seen, *text)
+                worked_on = self._run(number, block, x[:, :kept], condition_of_kept, seen, *text)
                 x = torch.cat([worked_on, x[:, kept:]], dim=1)
             if number in taps:
                 features[number] = x
         velocity = self.final_layer(x, embedded, groups) if last is None else None
         return Hidden(velocity, features, embedded)
 
-    def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
+    def _run(self, number: int, block: nn.Module, *inputs: Any) -> Tensor:
         """A block, which the backward pass runs again where memory is scarce."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
+            return recomputed(self.checkpointing, number, block, *inputs)
         return block(*inputs)

@@ -54,10 +54,15 @@ class Subject:
     """The lines of a run's metrics.jsonl."""
     twin: Backbone | None = None
     """Another seed of the same training."""
-    encoder: FeatureNetwork | None = None
-    """For Fréchet distances, and to compare features with."""
+    find_encoder: Callable[[], FeatureNetwork | None] = lambda: None
+    """Makes `encoder`: a classifier is trained, and only if something is compared with it."""
     load: Mapping[int, Models] = field(default_factory=dict)
     """The other checkpoints of a run, by step."""
+
+    @functools.cached_property
+    def encoder(self) -> FeatureNetwork | None:
+        """For Fréchet distances, and to compare features with."""
+        return self.find_encoder()
 
     @property
     def aligned(self) -> tuple[Tap, Tap] | None:
@@ -155,8 +160,8 @@ def open_subject(
         )
     if twin is not None:
         _require_alike(beside, subject.model, twin)
-    encoder = _encoder(features, subject.config, subject.source)
-    return replace(subject, twin=twin, encoder=encoder)
+    find_encoder = _encoder(features, subject.config, subject.source)
+    return replace(subject, twin=twin, find_encoder=find_encoder)
 
 
 def _of_run(
@@ -268,11 +273,14 @@ def _require_alike(path: Path | None, model: Backbone, twin: Backbone) -> None:
 
 def _encoder(
     features: str | None, config: ResolvedConfig, source: DataSource
-) -> FeatureNetwork | None:
-    """The named network; the classifier of small images; else none."""
+) -> Callable[[], FeatureNetwork | None]:
+    """The named network, loaded; the classifier of small images, once it is asked for; else none."""
     chosen = config.data.source
     if features is None and (not chosen.small or chosen.decodes or source.num_classes < 2):
-        return None
+        return lambda: None
     if chosen.decodes:  # what cannot be decoded is told before anything is computed
         source.decode(torch.zeros(1, source.channels, *source.image_size))
-    return feature_network(features or "classifier", source, config.data.name)
+    if features in (None, "classifier"):
+        return lambda: feature_network("classifier", source, config.data.name)
+    network = feature_network(features, source, config.data.name)
+    return lambda: network

@@ -1,7 +1,8 @@
-"""What processes send and hold, against closed forms."""
+"""What processes send and hold, against closed forms; and the tables of docs/cost.md."""
 
 from dataclasses import replace
 
+import cost_table
 import pytest
 
 from selfalign.benchmark.cluster import Cluster, cluster_cost
@@ -66,3 +67,10 @@ def test_micro_batches_gather_and_reduce_each_time() -> None:
     once, thrice = (cluster_cost(COST, RATES, full, 10, count) for count in (1, 3))
     assert thrice.gather_bytes == pytest.approx(3 * once.gather_bytes)
     assert thrice.reduce_bytes == pytest.approx(3 * once.reduce_bytes)
+
+
+def test_the_pages_table_is_what_the_command_writes() -> None:
+    page = cost_table.PAGE.read_text()
+    _, operations, _ = cost_table.between_marks(page, "operations")
+    assert operations.count("\n") == 1 + len(cost_table.SIZES) * len(cost_table.TOKENS)
+    assert cost_table.operations_row("S/2", 256) in operations.splitlines()

@@ -11,9 +11,12 @@ from torch.nn import functional
 from selfalign.errors import UserError
 from selfalign.masked import attend
 from selfalign.ops.modules import Linear
+from selfalign.weights import listed
 
 PADDING, BEGIN, FIRST_BYTE = 0, 1, 2
 """Of the byte alphabet: what fills up, what every caption begins with, and the byte 0."""
+POOLER = "pooler."
+"""Of weights that are not asked for, and that many files lack."""
 AT_ONCE = 64
 """Captions that a frozen encoder reads together."""
 
@@ -148,14 +151,24 @@ class TransformersEncoder(TextEncoder):
     @torch.no_grad()
     def _remember(self, captions: Sequence[str]) -> None:
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.set_verbosity_error()  # of weights that are not asked for
+        logging.disable_progress_bar()
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.name)
-            model = AutoModel.from_pretrained(self.name)
-        except (OSError, ValueError, ImportError) as error:
+            model, told = AutoModel.from_pretrained(self.name, output_loading_info=True)
+        except Exception as error:  # transformers raises nearly anything for a damaged folder
             raise _not_there(self.name, error) from error
         # Of models that also write, or see, only what reads is asked.
-        encoder = getattr(model, "text_model", None) or getattr(model, "encoder", model)
+        encoder = getattr(model, "text_model", model)
+        if hasattr(model, "decoder"):
+            encoder = model.encoder
+        own = {id(weight) for weight in encoder.parameters()}
+        names = {name for name, weight in model.named_parameters() if id(weight) in own}
+        missing = names & set(told["missing_keys"])
+        if lacking := sorted(name for name in missing if POOLER not in name):
+            raise _not_there(self.name, ValueError(f"its weights lack {listed(lacking)}"))
         encoder = encoder.to(self.features.device).eval()
         features, present = [], []
         for first in range(0, len(captions), AT_ONCE):
@@ -185,7 +198,7 @@ def _settings_of(name: str) -> int:
         from transformers import AutoConfig
 
         settings = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # as above
         raise _not_there(name, error) from error
     settings = getattr(settings, "text_config", settings)
     width = getattr(settings, "d_model", None) or getattr(settings, "hidden_size", None)

@@ -1,11 +1,13 @@
 """Captions: read by number, dropped for guidance, and visible to every token of every group."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import SMALL
+from safetensors.torch import load_file, save_file
 from support import clean_images, draw_of, randomize, resolved
 
 from selfalign import UserError, recipe
@@ -151,6 +153,40 @@ class TestTransformers:
         with pytest.raises(UserError, match=r"conditions\.text\.encoder") as error:
             model_of(**{"conditions.text.encoder": f"transformers:{tmp_path / 'none'}"})
         assert "\n" not in str(error.value)
+
+    def test_settings_that_make_no_model_are_one_line(self, encoder, tmp_path):
+        folder = shutil.copytree(encoder, tmp_path / "t5")
+        (folder / "config.json").write_text('{"model_type": "t5", "d_model": "x"}')
+        with pytest.raises(UserError, match=r"conditions\.text\.encoder"):
+            model_of(**{"conditions.text.encoder": f"transformers:{folder}"})
+
+    def test_weights_that_lack_some_are_refused(self, encoder, tmp_path):
+        """Nothing random reads captions."""
+        folder = shutil.copytree(encoder, tmp_path / "t5")
+        weights = load_file(folder / "model.safetensors")
+        name = next(name for name in weights if name.endswith("SelfAttention.q.weight"))
+        del weights[name]
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=f"lack {name}"):
+            model_of(**{"conditions.text.encoder": f"transformers:{folder}"})
+
+    def test_models_that_read_alone_are_taken_whole(self, encoder, tmp_path):
+        transformers = pytest.importorskip("transformers")
+        folder = shutil.copytree(encoder, tmp_path / "bert")
+        settings = transformers.BertConfig(
+            vocab_size=8, hidden_size=12, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=16,
+        )  # fmt: skip
+        transformers.BertModel(settings).save_pretrained(folder)
+        _, model = model_of(**{"conditions.text.encoder": f"transformers:{folder}"})
+        assert model.y_embedder.features.shape == (6, 32, 12)
+
+
+def test_captions_that_are_no_text_are_read(tmp_path):
+    """Names of files may be no UTF-8."""
+    _, model = model_of()
+    model.describe(["\udcff", "b"])
+    assert model.y_embedder.ids[0, 1] == ord("?") + FIRST_BYTE
 
 
 def test_a_run_reads_captions_and_draws_prompts(tmp_path: Path, capsys):

@@ -145,6 +145,8 @@ def test_refused_files_and_settings(tmp_path):
         opened(tmp_path / "b.h5")
     with pytest.raises(UserError, match="samples, labels"):
         opened(tmp_path / "a.npz", samples="others")
+    with pytest.raises(UserError, match="leaves none of the 40 samples"):
+        opened(tmp_path / "a.npz", heldout=0.999)
     with pytest.raises(UserError, match=r"data\.flip"):
         open_data(DataConfig(name="arrays", root=str(tmp_path / "a.npz"), flip=True))
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selfalign.backbones.diffusers import LAYERS
 from selfalign.config import ResolvedConfig
 from selfalign.errors import UserError
 from selfalign.memory import require_memory
@@ -142,8 +143,12 @@ def load_folder(folder: str, kind: str) -> tuple[nn.Module, bool]:
     except Exception as error:  # diffusers raises nearly anything for settings that do not fit
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"{where}: {reason}") from error
-    if found["missing_keys"]:
-        raise UserError(f"{where}: its weights lack {listed(found['missing_keys'])}")
+    for keys, fault in (
+        ("missing_keys", "lack"),
+        ("unexpected_keys", "are of another model, with"),
+    ):
+        if found[keys]:
+            raise UserError(f"{where}: its weights {fault} {listed(sorted(found[keys]))}")
     return model, True
 
 
@@ -153,8 +158,9 @@ def _check_types(cls: type[nn.Module], settings: Mapping[str, Any], where: str) 
         if name in settings:
             convert(settings[name], wanted, f"{where}: {name} in config.json")
             sizes = settings[name] if isinstance(settings[name], list) else [settings[name]]
-            if any(type(size) is int and size < 0 for size in sizes):
-                raise UserError(f"{where}: {name} in config.json is below 0")
+            least = 0 if wanted is float or name in LAYERS else 1
+            if any(type(size) is int and size < least for size in sizes):
+                raise UserError(f"{where}: {name} in config.json is below {least}")
     channels, out = settings.get("in_channels"), settings.get("out_channels")
     if out not in (None, channels):
         raise UserError(

@@ -77,6 +77,8 @@ class Arrays(Source):
             raise UserError("data.flip is True: allowed for images, whose left and right it swaps")
         order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(HELDOUT_SEED))
         held = max(1, round(self.heldout * len(samples)))
+        leaves = f"leaves none of the {len(samples)} samples of {path} to train on"
+        self.require(held < len(samples), "heldout", leaves)
         train, heldout = order[held:].sort().values, order[:held].sort().values
         names = sorted(set(words), key=_as_number)
         number = {name: label for label, name in enumerate(names)}

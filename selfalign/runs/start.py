@@ -74,6 +74,7 @@ def start_run(
     source = main_process_first(accelerator, lambda: open_data(config.data))
     _tell(found, source, accelerator)
     with together(accelerator):
+        _check_start(config)
         resolved = _resolve(config, source, accelerator)
     resolved = main_process_first(accelerator, lambda: complete(resolved, source))
     made = missing_folders(folder)
@@ -184,6 +185,17 @@ def _resolve(config: RunConfig, source: DataSource, accelerator: Accelerator) ->
     return resolve(
         config, source.channels, source.image_size, source.num_classes, accelerator.num_processes
     )
+
+
+def _check_start(config: RunConfig) -> None:
+    """Refuse to start from a run whose model is of another kind, though its tensors may fit."""
+    start = Path(config.training.start_from or "")
+    if config.training.start_from is not None and (start / "config.json").is_file():
+        config.training.require(
+            read_record(start).config.backbone.trains,
+            "start_from",
+            "it predicts noise at diffusion steps; allowed are models that predict velocities",
+        )
 
 
 def _tell(found: Found | None, source: DataSource, accelerator: Accelerator) -> None:

@@ -53,6 +53,11 @@ def read_start(place: Path, weights: str) -> Start:
                 f"{place} has the layout of {' and '.join(fitting)}, which mean different things by it: "
                 f"`selfalign import {place} RUN --from …` says which, and --init takes that run"
             )
+        if fitting[0] == "dit":
+            raise UserError(
+                f"training.start_from is {str(place)!r}: it predicts noise at diffusion steps; allowed are "
+                "models that predict velocities"
+            )
         ema, _ = translate(found, fitting[0])
         raw, _ = translate(read_weights(place, "raw"), fitting[0])
     else:

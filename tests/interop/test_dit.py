@@ -159,6 +159,12 @@ def test_a_dit_takes_its_own_solvers_and_is_not_trained(
     train = ["train", "sit", "--out", str(tmp_path / "out"), "--model.backbone", "dit"]
     assert main([*train, "--model.size", "tiny/2"]) == 2
     assert "model.backbone is 'dit'" in capsys.readouterr().err
+    init = ["train", "sit", "--out", str(tmp_path / "out"), "--data.name", "digits", "--init"]
+    torch.save(network(out_channels=6, projection_head=True).state_dict(), tmp_path / "dit.pt")
+    for start in (run_folder, tmp_path / "dit.pt"):
+        assert main([*init, str(start), "--model.size", "24x2x2/2"]) == 2
+        assert "allowed are models that predict velocities" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="has no velocity"):
         load_run(run_folder).model.velocity(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1))
 

@@ -58,7 +58,8 @@ def model_card(
         recipe, data, steps, metrics, start, origin, licence, config: from `card_facts`.
         words: further ones of the example.
     """
-    head = ["---", "library_name: selfalign", "tags:", "- diffusion", "- flow-matching", "- sit"]
+    library = "diffusers" if loading == "diffusers" else "selfalign"
+    head = ["---", f"library_name: {library}", "tags:", "- diffusion", "- flow-matching", "- sit"]
     if licence:
         plain = re.fullmatch(r"[\w.-]+", licence)
         head.insert(1, f"license: {licence.lower() if plain else json.dumps(licence)}")
@@ -74,8 +75,8 @@ def model_card(
     parts = [
         "\n".join([*head, "---"]),
         "# A diffusion transformer",
-        "A SiT (arXiv:2401.08740) with the weights of an exponential moving average unless its maker says "
-        f"otherwise, trained with selfalign {selfalign.__version__} ([method]({SITE})).",
+        f"A SiT (arXiv:2401.08740), written by selfalign {selfalign.__version__} ([method]({SITE})), with "
+        "the weights of an exponential moving average unless its maker says otherwise.",
         f"| what | |\n| --- | --- |\n{table}",
         "## Load",
         LOADING[loading].format(where=where, **words),

@@ -107,8 +107,8 @@ def _draw_more(
     images: Any,
     labels: Any,
     frames: Any,
-) -> None:
-    """The pictures that were asked for.
+) -> list[str]:
+    """The pictures that were asked for, and their names.
 
     Args:
         parsed: the options.
@@ -120,11 +120,14 @@ def _draw_more(
     """
     from selfalign.sampling.pictures import draw_rows, write_animation, write_pngs
 
+    written = []
     if parsed.png:
         write_pngs(parsed.out / PNGS, images)
+        written.append(PNGS)
     if parsed.trajectory != "none":
-        file = parsed.out / f"{TRAJECTORY}.{parsed.trajectory}"
-        write_animation(file, [*frames, images[: len(frames[0])]])
+        file = f"{TRAJECTORY}.{parsed.trajectory}"
+        write_animation(parsed.out / file, [*frames, images[: len(frames[0])]])
+        written.append(file)
     if parsed.interpolate:
         import torch
 
@@ -142,6 +145,8 @@ def _draw_more(
         )
         rows = torch.cat([run.decode(row) for row in between])
         draw_rows(parsed.out / INTERPOLATION, as_array(rows), parsed.interpolate)
+        written.append(INTERPOLATION)
+    return written
 
 
 def _sample(parsed: SampleArguments, sampling: SamplingConfig) -> int:
@@ -228,9 +233,10 @@ def _sample(parsed: SampleArguments, sampling: SamplingConfig) -> int:
     write_arrays(parsed.out / SAMPLES, {"arr_0": arr_0, "arr_1": arr_1})
     write_json(parsed.out / SETTINGS, record)
     draw_set(parsed.out / GRID, arr_0, arr_1, names, run.model.condition.attends)
-    _draw_more(parsed, sampling, run, arr_0, arr_1, frames)
+    more = _draw_more(parsed, sampling, run, arr_0, arr_1, frames)
+    written = [SAMPLES, GRID, *more]
     console.print(
         f"{parsed.num} samples from step {run.step} ({parsed.weights} weights): "
-        f"{parsed.out / 'samples.npz'}, {parsed.out / 'grid.png'}"
+        + ", ".join(str(parsed.out / name) for name in written)
     )
     return 0

@@ -126,8 +126,13 @@ def draw_samples(
     title = f"{len(images)} samples"
     if 1 < len(classes) <= MAX_COLUMNS:
         by_class = [np.flatnonzero(labels == k)[:MAX_COLUMNS] for k in classes]
-        rows = min(map(len, by_class))
-        order = [int(column[row]) for row in range(rows) for column in by_class]
+        blank = len(tensors)  # where a class has fewer samples than others
+        tensors = torch.cat([tensors, torch.full_like(tensors[:1], 255)])
+        order = [
+            int(column[row]) if row < len(column) else blank
+            for row in range(max(map(len, by_class)))
+            for column in by_class
+        ]
         draw_grids(path, {"": tensors[order]}, column_names(classes, names), title)
     else:
         columns = min(MAX_COLUMNS, len(images))

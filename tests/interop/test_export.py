@@ -84,6 +84,7 @@ def test_a_diffusers_folder_samples_the_same_without_this_package(tmp_path: Path
         "pipeline_selfalign.py",
         "transformer",
     ]
+    assert "library_name: diffusers" in (folder / "README.md").read_text()
     labels = torch.tensor([1, 9, 3])
     settings = {"steps": 7, "guidance_interval": (0.2, 0.9)}
     noises = []

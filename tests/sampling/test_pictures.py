@@ -52,7 +52,20 @@ def test_names_never_overlap(
     assert not overlapping(names, monkeypatch, tmp_path / "grid.png")
 
 
-def test_what_sample_writes_on_request(small_run: Path, tmp_path: Path) -> None:
+def test_every_sample_is_shown_where_classes_have_unequal_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[torch.Tensor] = []
+    monkeypatch.setattr(pictures, "draw_grids", lambda path, panels, *_: drawn.append(panels[""]))
+    images = np.arange(4, dtype=np.uint8)[:, None, None, None].repeat(3, axis=3)
+    pictures.draw_samples(tmp_path / "grid.png", images, np.array([2, 0, 2, 2]), "abc")
+    white = 255
+    assert drawn[0][:, 0, 0, 0].tolist() == [1, 0, white, 2, white, 3]
+
+
+def test_what_sample_writes_on_request(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     words = ["--num", "6", "--steps", "5", "--batch-size", "4", "--png", "--interpolate", "4"]
     for kind in ("gif", "webp"):
@@ -62,6 +75,9 @@ def test_what_sample_writes_on_request(small_run: Path, tmp_path: Path) -> None:
         with Image.open(place / f"trajectory.{kind}") as animation:
             assert getattr(animation, "n_frames", 1) == 6  # noise, four states between, the images
             assert animation.size[0] >= 64
+    said = capsys.readouterr().out.split("(ema weights): ")[-1]
+    names = ("samples.npz", "grid.png", "images", "trajectory.webp", "interpolation.png")
+    assert said.split() == ", ".join(str(place / name) for name in names).split()
     pixels = np.load(place / "samples.npz")["arr_0"]
     for number in range(6):
         image = np.asarray(Image.open(place / "images" / f"{number:06d}.png"))

@@ -38,22 +38,22 @@ ENCODER: dict[str, Any] = {"targets.frozen-encoder.encoders": ("efficientnet-lit
 SETTINGS: dict[str, Any] = {
     "data.name": "digits",
     "model.size": "tiny/2",
-    "training.steps": 400,
-    "training.batch_size": 64,
+    "training.steps": 300,
+    "training.batch_size": 32,
     "training.learning_rate": 1e-3,
     "training.ema_decay": 0.995,
     "training.log_every": 10,
-    "training.evaluate_every": 100,
-    "training.heldout_samples": 500,
+    "training.evaluate_every": 50,
+    "training.heldout_samples": 400,
     "training.trackers": (),
 }
 SHOWN = ("denoising_loss", "alignment_loss", "gradient_norm", "heldout_ema")
 SAVED = (*SHOWN, "heldout_raw")
-EVERY = 100
+EVERY = 50
 
 
 def curves(name: str) -> dict[str, list[float | None]]:
-    """What one recipe logs, averaged over the steps up to every hundredth."""
+    """What one recipe logs, averaged over the logged steps up to every fiftieth."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "run"
         config = recipe(name, {**SETTINGS, **(ENCODER if "repa" in name else {})})
@@ -87,7 +87,7 @@ def draw(path: Path, found: dict[str, dict[str, list[float | None]]]) -> None:
 
 
 def table(found: dict[str, dict[str, list[float | None]]]) -> Iterator[str]:
-    """A line of Markdown per recipe: the first hundred steps, and the last."""
+    """A line of Markdown per recipe: the first fifty steps, and the last."""
     yield "| recipe | denoising loss | alignment loss | gradient norm | held-out, EMA | held-out, raw |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for name, values in found.items():

@@ -42,7 +42,7 @@ DONE = {
     r"selfalign study power .*": "",
     r"selfalign train sra-dts-as --help": "",
     r"selfalign train .* --data.name folder .*": f"{_SHORT} --data.image-size 8 --model.size 24x2x2/4",
-    r"selfalign train --resume runs/mine": "--training.steps 7",
+    r"selfalign train --resume runs/mine.*": "--training.steps 7",
     r"selfalign train .* --write-config mine.yaml": "",
     r"selfalign train --config .*": f"{_SHORT} --data.name digits --model.size 24x2x2/4",
     r"selfalign train .* --out runs/healthy .*": f"{_SHORT} --model.size 24x2x2/4",
@@ -81,7 +81,7 @@ NOT_DONE = {
     r"pip install .*": "it changes the environment",
     r"sudo apt-get .*": "it changes the machine",
     r"eval .*": "the script is checked by bash in test_completion.py",
-    r"accelerate launch .*": "GPUs or machines; training/test_processes.py has two processes",
+    r"accelerate launch .*": "GPUs or machines; test_launchers.py starts two processes",
     r"torchrun .*": "as accelerate launch",
     r"python tests/golden/check\.py .*": "golden/test_golden.py checks the same files",
     r"python benchmarks/.*": "they measure for minutes, alone on a machine; benchmark/ has their parts",
@@ -244,7 +244,17 @@ def test_options_and_files_in_sentences_exist(known: set[str]) -> None:
 OPTION = r"--[a-z][\w.-]*"
 ELSEWHERE = {
     *("--init", "--config", "--write-config", "--resume", "--data.accept-changes", "--verify"),
-    *("--plugins", "--backbone", "--ops", "--version", "--option", "--size", "--shutdown-timeout"),
+    *(
+        "--plugins",
+        "--backbone",
+        "--ops",
+        "--version",
+        "--option",
+        "--size",
+        "--fraction",
+        "--max-restarts",
+        "--shutdown-timeout",
+    ),
 }
 """Options that are read before all others, and those of benchmarks and of other programs."""
 NOT_OURS = ("coming_from.md", "extending.md")

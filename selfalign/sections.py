@@ -120,11 +120,17 @@ class ViewsConfig(Choosing):
         )
         self._check_hidden()
 
+    @property
+    def drops_groups(self) -> bool:
+        """Whether hidden groups are not seen by the student at all."""
+        return self.hidden_groups > 0 and self.skipped_blocks is None
+
     def require_all_tokens(self, part: Settings) -> None:
         """Refuse a part that needs every token's features, where some are dropped."""
-        dropped = self.hidden_groups > 0 and self.skipped_blocks is None
         self.require(
-            not dropped, "hidden_groups", f"{part.section} needs all tokens; allowed is 0 with it"
+            not self.drops_groups,
+            "hidden_groups",
+            f"{part.section} needs all tokens; allowed is 0 with it",
         )
 
     def _check_hidden(self) -> None:

@@ -28,6 +28,9 @@ class BackboneConfig(Part):
     passes_by: ClassVar[bool] = False
     """Whether tokens can pass by some of its blocks (`TokenGroups.passing`)."""
 
+    mixes_timesteps: ClassVar[bool] = True
+    """Whether tokens that see each other can have timesteps of their own."""
+
     pads: ClassVar[bool] = False
     """Whether it leaves out tokens that are not there (`TokenGroups.present`)."""
 

@@ -163,6 +163,7 @@ ABOUT = About(
     "loss itself, through the student’s head.",
     control="the same with another image’s features at the same place: what remains of a high cosine is a "
     "shared mean, and no agreement about the image.",
+    needs_all_tokens=True,
 )
 
 

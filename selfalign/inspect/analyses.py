@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from selfalign.evaluation.config import Progress
-    from selfalign.inspect.section import Section
+    from selfalign.inspect.section import About, Section
     from selfalign.inspect.subject import Subject
 
 ANALYSES = {
@@ -33,11 +33,16 @@ def look(name: str, subject: "Subject", progress: "Progress") -> "Section":
         progress: told of long work.
     """
     module = importlib.import_module(f"selfalign.inspect.{name}")
-    section: Section
-    if subject.config.padded and not module.ABOUT.pads:
-        section = module.ABOUT.left_out(
-            "it looks at samples that are equally long, and these are not"
+    about: About = module.ABOUT
+    config = subject.config
+    if config.padded and not about.pads:
+        return about.left_out("it looks at samples that are equally long, and these are not")
+    if about.needs_all_tokens and config.views.drops_groups:
+        return about.left_out("the student does not see all tokens of an image: a group is dropped")
+    if about.mixes_timesteps and not config.backbone.mixes_timesteps:
+        return about.left_out(
+            f"model.backbone {config.model.backbone} sees one timestep per sequence, and groups that see "
+            "each other are shown two"
         )
-    else:
-        section = module.look(subject, progress)
+    section: Section = module.look(subject, progress)
     return section

@@ -306,6 +306,7 @@ ABOUT = About(
     "the place of A_ij. Over the gap: log S(t, s)/S(t, t), the same images, groups and noise.",
     control="1, which is what uniform attention gives; and the same model with one timestep for both "
     "groups, S(t, t).",
+    mixes_timesteps=True,
 )
 
 

@@ -142,8 +142,7 @@ def distinct_views(
     x0 = image.expand(visits, *image.shape)
     draw = draw_views(config, x0, make_generator(SEED, "visits"))
     views = make_views(config, x0, draw)
-    sizes = config.group_sizes
-    several = len(sizes) > 1
+    several, sizes = config.num_groups > 1, views.groups.sizes  # those that the student sees
     partitions, states = [], []
     for index in range(visits):
         whole = index < views.groups.whole
@@ -168,11 +167,12 @@ def visits_per_image(config: ResolvedConfig, images: int) -> float:
 
 
 def coverage(config: ResolvedConfig, x0: Tensor) -> Mapping[float, Estimate]:
-    """P(all timesteps > HIGH) by share of whole images, for recipes of several groups.
+    """P(all timesteps > HIGH) by share of whole images, for recipes of several groups that are all seen.
 
     Shares of which a batch would have no image are left out.
     """
-    shares = WHOLE_SHARES if config.num_groups > 1 else (0.0,)
+    several = config.num_groups > 1 and not config.views.hidden_groups
+    shares = WHOLE_SHARES if several else (0.0,)
     found = {}
     for share in shares:
         if share == 0 or whole_images(share, len(x0)) > 0:

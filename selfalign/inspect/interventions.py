@@ -211,6 +211,7 @@ ABOUT = About(
     "timestep t; the same held-out images, groups and noise. And the held-out loss and the Fréchet distance "
     "of the same weights with other attention, and with two timesteps held apart.",
     control="the same at s = t; and models with separated attention, for which all three are exactly 0.",
+    mixes_timesteps=True,
 )
 
 

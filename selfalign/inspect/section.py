@@ -29,6 +29,10 @@ class About:
     """What is computed."""
     control: str = ""
     """What the numbers are to be compared with."""
+    needs_all_tokens: bool = False
+    """Whether the student has to see every token that the teacher sees."""
+    mixes_timesteps: bool = False
+    """Whether it shows groups that see each other and have two timesteps."""
     pads: bool = False
     """Whether samples that end early can be looked at."""
 

@@ -190,6 +190,7 @@ ABOUT = About(
     control="the diagonal, where both groups share a timestep; separated attention, where L cannot "
     "depend on s; and U of the best linear denoiser that knows the class means (the Bayes value if "
     "the images of a class were Gaussian).",
+    mixes_timesteps=True,
 )
 
 

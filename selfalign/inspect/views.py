@@ -268,6 +268,7 @@ ABOUT = About(
     question="What do student and teacher see of an image?",
     definition="A held-out image noised as in training by the recipe’s own settings, with its true groups "
     "and masks (the paper’s Figures 1 to 3); only the timesteps are set, far apart so that they can be seen.",
+    needs_all_tokens=True,
 )
 
 

@@ -40,6 +40,13 @@ def test_a_batch_too_small_for_whole_images():
     assert list(coverage(config("sra-dts"), IMAGES[:4])) == [0.0, 0.25]
 
 
+def test_hidden_groups_are_hidden_from_whole_images_too():
+    hidden = config("sra-dts", views__mask_ratios=(0.75, 0.25), views__hidden_groups=1)
+    assert list(coverage(hidden, IMAGES)) == [0.0]
+    assert contents(hidden, IMAGES).visible.eq(12).all()
+    assert distinct_views(hidden, IMAGES[0], visits=50)[-1][1] > 40
+
+
 @pytest.mark.parametrize("name", RECIPE_NAMES)
 def test_every_recipe(name):
     found = contents(config(name), IMAGES)

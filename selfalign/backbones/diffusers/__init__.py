@@ -53,6 +53,8 @@ class DiffusersConfig(BackboneConfig):
     with timesteps of their own need separated attention.
     """
 
+    mixes_timesteps = False
+
     folder: str = ""
     """Folder with config.json, and the weights that training starts from."""
     lora_rank: int = 0

@@ -4,7 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from small_images import random_image
+from small_weights import network
 
 from selfalign.cli import main
 
@@ -14,12 +16,16 @@ WRITERS = {
     "prepare": "prepare IMAGES DISK/out --image-size 32 --vae none",
     "inspect": "inspect RUN --only labels --out DISK/out",
     "report": "report RUN --out DISK/out.html",
+    "import": "import FILE DISK/out --from sra --heads 2",
+    "export": "export RUN DISK/out --format safetensors",
+    "export diffusers": "export RUN DISK/out --format diffusers",
+    "settings": "train sit --write-config DISK/out.yaml",
     "study": "study 2x2 --out DISK/out --profile smoke --data.name digits",
 }
 """What each command is called with."""
 
 
-SLOW = ("inspect", "study")
+SLOW = ("inspect", "study", "export", "export diffusers", "settings")
 """Which are called once; the others also where a first file still fits, or a second one."""
 
 
@@ -45,7 +51,9 @@ def test_is_one_line_wherever_something_is_written(
     for number in range(4):
         random_image(number).save(images / f"{number}.png")
     (small_disk / "fill").write_bytes(bytes(shutil.disk_usage(small_disk).free - left))
-    places = {"DISK": small_disk, "RUN": small_run, "IMAGES": images}
+    file = tmp_path / "weights.pt"
+    torch.save({"ema": network().state_dict()}, file)
+    places = {"DISK": small_disk, "RUN": small_run, "IMAGES": images, "FILE": file}
     words = WRITERS[writer]
     for name, place in places.items():
         words = words.replace(name, str(place))
@@ -55,5 +63,5 @@ def test_is_one_line_wherever_something_is_written(
     assert said.startswith("selfalign: error: ") and said.count("\n") == 1, said
     assert "No space left" in said or "are free" in said
     assert not [path for path in small_disk.rglob("*") if ".partial" in path.name]
-    if writer in ("train", "prepare"):
+    if writer in ("train", "prepare", "import"):
         assert [path.name for path in small_disk.iterdir()] == ["fill"]

@@ -17,6 +17,8 @@ PADDING, BEGIN, FIRST_BYTE = 0, 1, 2
 """Of the byte alphabet: what fills up, what every caption begins with, and the byte 0."""
 POOLER = "pooler."
 """Of weights that are not asked for, and that many files lack."""
+LONGEST_REASON = 300
+"""Letters of what transformers says of a folder that is no model."""
 AT_ONCE = 64
 """Captions that a frozen encoder reads together."""
 
@@ -212,5 +214,5 @@ def _not_there(name: str, error: Exception) -> UserError:
         return UserError(
             "conditions.text.encoder needs transformers: pip install 'selfalign[text]'"
         )
-    reason = str(error).strip().partition("\n")[0]
+    reason = " ".join(str(error).split())[:LONGEST_REASON]
     return UserError(f"conditions.text.encoder is 'transformers:{name}': {reason}")

@@ -78,7 +78,8 @@ class FrozenRunTarget(Target):
             ("classes", teacher.num_classes, model.num_classes),
         ):
             self.require(own == wanted, "run", f"it has {what} {own}, and this model {wanted}")
-        find_tap(self.block, len(teacher.blocks), self.dotted("block"))
+        tap = find_tap(self.block, len(teacher.blocks), self.dotted("block"))
+        teacher.require_taps([tap], self.dotted("block"))
         found = weights_sha256(teacher.state_dict().items())
         same = (
             f"its weights have the hash {found[:16]}…, and the run was begun with {self.hash[:16]}…"

@@ -155,6 +155,7 @@ class TestFrozenRuns:
             ({"model.size": "tiny/4"}, "patches of side 2, and this model 4"),
             ({"data.name": "fashion-mnist", "data.root": str(FASHION_MNIST)}, "sides"),
             ({"targets.frozen-run.block": 7}, "1 to 6"),
+            ({"targets.frozen-run.block": "nosuch"}, "the module 'nosuch', which the backbone"),
             ({"targets.frozen-run.weights": "ema:0.5"}, "this run keeps raw, ema, ema:0.9999"),
             ({"targets.frozen-run.run": "nowhere"}, "there is no such run or checkpoint"),
         ],

@@ -126,7 +126,7 @@ def load_folder(folder: str, kind: str) -> tuple[nn.Module, bool]:
     diffusers.logging.set_verbosity(logging.CRITICAL)  # of settings that it leaves out
     try:
         settings = cls.load_config(folder)
-        _check_types(cls, settings, where)
+        _check_types(cls, settings)
         with torch.device("meta"):
             size = sum(value.nbytes for value in cls.from_config(settings).parameters())
         require_memory(size, "its weights")
@@ -152,25 +152,24 @@ def load_folder(folder: str, kind: str) -> tuple[nn.Module, bool]:
     return model, True
 
 
-def _check_types(cls: type[nn.Module], settings: Mapping[str, Any], where: str) -> None:
+def _check_types(cls: type[nn.Module], settings: Mapping[str, Any]) -> None:
     """Refuse settings of other types than the model's code says, which would fail somewhere in it."""
     for name, wanted in typing.get_type_hints(cls.__init__).items():
         if name in settings:
-            convert(settings[name], wanted, f"{where}: {name} in config.json")
+            convert(settings[name], wanted, f"{name} in config.json")
             sizes = settings[name] if isinstance(settings[name], list) else [settings[name]]
             least = 0 if wanted is float or name in LAYERS else 1
             if any(type(size) is int and size < least for size in sizes):
-                raise UserError(f"{where}: {name} in config.json is below {least}")
+                raise UserError(f"{name} in config.json is below {least}")
     channels, out = settings.get("in_channels"), settings.get("out_channels")
     if out not in (None, channels):
         raise UserError(
-            f"{where}: the model makes {out} channels of {channels}; allowed are models that make velocities "
-            "alone"
+            f"the model makes {out} channels of {channels}; allowed are models that make velocities alone"
         )
     axes, width = settings.get("axes_dims_rope"), settings.get("attention_head_dim")
     if axes is not None and (sum(axes) != width or len(axes) < PLACES or any(a % 2 for a in axes)):
         raise UserError(
-            f"{where}: axes_dims_rope is {list(axes)}; allowed are {PLACES} or more even numbers that make "
+            f"axes_dims_rope is {list(axes)}; allowed are {PLACES} or more even numbers that make "
             f"attention_head_dim {width}"
         )
 

@@ -201,25 +201,28 @@ def main() -> None:
     for module, count in COUNTS:
         setattr(module, count, round(given.fraction * getattr(module, count)))
     numbers: dict[str, dict[str, list[float]]] = {}
-    by_variant: dict[str, list[Found]] = {variant: [] for variant in given.variants}
+    names = {
+        variant: variant.partition("_data")[0] for variant in given.variants
+    }  # without its share
+    by_variant: dict[str, list[Found]] = {name: [] for name in names.values()}
     for seed, other in zip(given.seeds, given.seeds[1:] + given.seeds[:1], strict=True):
         for variant in given.variants:
             runs = [given.study / "runs" / variant / f"seed_{s}" for s in (seed, other)]
             beside = runs[1] if other != seed and (runs[1] / "result.json").exists() else None
             found = look_into(runs[0], beside, given.only)
-            by_variant[variant].append(found)
+            by_variant[names[variant]].append(found)
             print(f"{variant}, seed {seed}", flush=True)
             for name, (analysis, value) in MEASURES.items():
                 if analysis in found and not ("ceiling" in name and beside is None):
                     of_variant = numbers.setdefault(name, {})
-                    of_variant.setdefault(variant, []).append(float(value(found)))
+                    of_variant.setdefault(names[variant], []).append(float(value(found)))
             write_json(given.out, {"seeds": given.seeds, "numbers": numbers})
     if {"timesteps", "attention", "labels"} <= set(given.only):
         plot(by_variant, given.out.with_suffix(".png"))
-    print("\n| | " + " | ".join(f"`{v}`" for v in given.variants) + " |")
-    print("| --- |" + " --- |" * len(given.variants))
+    print("\n| | " + " | ".join(f"`{name}`" for name in by_variant) + " |")
+    print("| --- |" + " --- |" * len(by_variant))
     for name, of_all in numbers.items():
-        cells = [", ".join(f"{x:.4g}" for x in of_all.get(v, [])) for v in given.variants]
+        cells = [", ".join(f"{x:.4g}" for x in of_all.get(v, [])) for v in by_variant]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 

@@ -72,12 +72,12 @@ def curves(name: str) -> dict[str, list[float | None]]:
 
 def draw(path: Path, found: dict[str, dict[str, list[float | None]]]) -> None:
     """One panel per quantity, a line per recipe."""
-    figure = Figure(figsize=(12, 3), dpi=110, layout="constrained")
+    figure = Figure(figsize=(12, 3), dpi=90, layout="constrained")
     for axis, key in zip(figure.subplots(1, len(SHOWN)), SHOWN, strict=True):
-        for name, values in found.items():
+        for number, (name, values) in enumerate(found.items()):
             if key in values:
                 steps = [EVERY * (k + 1) for k in range(len(values[key]))]
-                axis.plot(steps, values[key], linewidth=1.2, label=name)
+                axis.plot(steps, values[key], f"C{number}", linewidth=1.2, label=name)
         axis.set_title(key.replace("_", " "), fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=7)

@@ -32,7 +32,8 @@ LAUNCHERS = {
         *("--shutdown-timeout", "150"),  # it kills what takes longer to end, as on a busy machine
     ),
     "accelerate": (
-        *("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
+        *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+        *("--num_machines", "1", "--main_process_port", "0"),
         *("--mixed_precision", "no", "--dynamo_backend", "no"),
     ),
 }  # fmt: skip
@@ -41,9 +42,9 @@ import os, sys
 from pathlib import Path
 
 def run():
-    place, end = Path(os.environ["PLACE"]), os._exit
-    (place / f"pid_{os.environ['RANK']}").write_text(str(os.getpid()))
-    note = place / f"code_{os.environ['RANK']}"
+    place, rank, end = Path(os.environ["PLACE"]), os.environ["RANK"], os._exit
+    (place / f"pid_{rank}").write_text(str(os.getpid()))
+    note = place / f"code_{rank}"
     os._exit = lambda code: (note.write_text(str(code)), end(code))
     from selfalign.cli import main
     if sys.argv[1] == "sample":

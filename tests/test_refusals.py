@@ -106,6 +106,7 @@ def refused(
         (STUDY, "--measurement.heldout-pairs 1000000000000", "from 10 to 100,000,000"),
         (STUDY, "--measurement.sampling.steps 1000000000000", "from 1 to 1,000,000"),
         ("study", f"{LONG}.yaml --out x", "File name too long"),
+        ("study", "2x2 --out x --encoders timm:resnet18", "2x2 has no variant that takes them"),
         ("bench estimate", "--device-tflops inf", "allowed is a finite number above 0"),
         ("bench estimate", "--efficiency inf", "allowed is a finite number above 0"),
         ("bench step", "--batch-size 99999999999", "from 1 to"),

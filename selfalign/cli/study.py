@@ -31,6 +31,10 @@ if TYPE_CHECKING:  # these import torch, which printing help does not need
     from selfalign.study.launch import Status
 
 
+ENCODERS = ("targets.frozen-encoder.encoders", "targets.encoder-attention.encoder")
+"""What `--encoders` sets: all of them, and the first."""
+
+
 @dataclass(frozen=True)
 class StudyData:
     """The data set; with several train fractions, the whole grid is run on each."""
@@ -136,6 +140,13 @@ def _run(arguments: Sequence[str]) -> int:
     )
     if arguments[0] in GRIDS:
         grid = grid.with_parts(_parts(parsed))
+    if parsed.encoders:
+        settable = {name for variant in grid.variants.values() for name in variant.settings}
+        if arguments[0] not in GRIDS or not settable & set(ENCODERS):
+            raise UserError(
+                f"--encoders are {', '.join(parsed.encoders)}: {arguments[0]} has no variant that takes them "
+                "from the command line"
+            )
     measurement = restore(parsed.measurement, PROFILES[profile].measurement)
     if not 1 <= parsed.seeds <= MAX_SEEDS:
         raise UserError(f"--seeds is {parsed.seeds}: allowed is a number from 1 to {MAX_SEEDS:,}")
@@ -294,8 +305,7 @@ def _parts(parsed: StudyArguments) -> Mapping[str, Any]:
     """Settings of parts that the profile has for named grids, and the command line's encoders over them."""
     parts = dict(PROFILES[parsed.profile].parts)
     if parsed.encoders:
-        parts["targets.frozen-encoder.encoders"] = parsed.encoders
-        parts["targets.encoder-attention.encoder"] = parsed.encoders[0]
+        parts |= zip(ENCODERS, (parsed.encoders, parsed.encoders[0]), strict=True)
     return parts
 
 

@@ -92,7 +92,7 @@ FORM = re.compile(r"…|\bRUN\b|\bSTUDY\b|[A-Z]+\||\w\|\w|\bOUT\b|\bFILE\b")
 """What stands for something else: a form of commands, and no command."""
 NOT_HERE = re.compile(
     "does not exist|there is no such|no such|is not a run|holds no|cannot be fetched|needs the package"
-    "|is neither|needed is a folder of diffusers"
+    "|is neither|needed is a folder of diffusers|could not be downloaded"
 )
 """What is said of files that are not here, once all options have been read."""
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from selfalign.backbones import BackboneConfig
 from selfalign.errors import UserError
 from selfalign.parts import register
-from selfalign.records import convert, read_plain
 from selfalign.sections import MAX_CHANNELS, MAX_CLASSES, MAX_SIDE
 
 if TYPE_CHECKING:
@@ -146,6 +145,8 @@ class DiffusersConfig(BackboneConfig):
 
 @lru_cache(maxsize=16)
 def _settings(folder: str, setting: str) -> Mapping[str, Any]:
+    from selfalign.records import convert, read_plain  # training by itself needs no msgspec
+
     path = Path(folder) / "config.json"
     if not folder or not path.is_file():
         raise UserError(

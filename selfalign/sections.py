@@ -296,9 +296,10 @@ class TrainingConfig(Choosing):
     steps in a row."""
     compile: bool = False
     """Compile with torch.compile."""
-    compile_region: Literal["blocks", "objective"] = "blocks"
+    compile_region: Literal["auto", "blocks", "objective"] = "auto"
     """What is compiled as one: a block, which is compiled once for all of its kind, so that depth costs no
-    time; or the whole objective, which takes time that grows with depth."""
+    time; or the whole objective, whose step is a little faster; auto: the objective, but blocks where there
+    are more than 12, or shards."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     sample_every: int = 5_000

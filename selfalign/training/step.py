@@ -28,6 +28,10 @@ if TYPE_CHECKING:  # a step by itself needs no images and no files
     from selfalign.data.batch import Batch
 
 
+_SHALLOW = 12
+"""Blocks up to which the time to compile all of them at once is bearable: sizes S and B."""
+
+
 def make_optimizer(config: RunConfig, student: nn.Module) -> torch.optim.Optimizer:
     """The chosen optimizer over the student's parameters, but for frozen ones."""
     chosen = config.optimizers[config.training.optimizer]
@@ -43,6 +47,18 @@ def learning_rate(training: TrainingConfig, step: int) -> float:
         return training.learning_rate
     done = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)
     return training.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def compiles_blocks(training: TrainingConfig, depth: int, sharded: bool) -> bool:
+    """Whether the compiler is given blocks one by one, and not the objective as a whole.
+
+    Args:
+        training: which region is wanted.
+        depth: blocks of the model.
+        sharded: whether they are gathered one by one.
+    """
+    region = training.compile_region
+    return region == "blocks" or (region == "auto" and (sharded or depth > _SHALLOW))
 
 
 class TrainingStep:
@@ -85,7 +101,9 @@ class TrainingStep:
         self.finite = FiniteSteps(config.training, optimizer, accelerator.device, skipped)
         # All processes have to agree, and have only the gradient in common.
         self._watches_losses = accelerator.num_processes == 1
-        by_block = config.training.compile_region == "blocks"
+        by_block = compiles_blocks(
+            config.training, len(student.blocks), is_sharded(config.training, accelerator)
+        )
         if config.training.compile and by_block:
             for block in [*student.blocks, *ema.model.blocks]:
                 block.compile(dynamic=False)

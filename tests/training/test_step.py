@@ -26,7 +26,9 @@ from selfalign import recipe as make_recipe
 from selfalign.backbones.sit.sizes import SIZES
 from selfalign.benchmark.measure import StepBenchmark
 from selfalign.network import Backbone
+from selfalign.sections import TrainingConfig
 from selfalign.training.accelerator import make_accelerator
+from selfalign.training.step import compiles_blocks
 
 MIXED = {"views.whole_image_fraction": 0.25, "views.mask_ratios": (0.2, 0.3, 0.5)}
 DISPERSIVE = {"objective.terms": ("dispersive",)}
@@ -172,7 +174,10 @@ def test_blocks_are_compiled_once_for_any_depth(monkeypatch: pytest.MonkeyPatch)
         for compiled in (False, True):
             torch._dynamo.reset()
             torch._dynamo.utils.counters.clear()
-            config = small("sra-dts-as", {"training.compile": compiled})
+            config = small(
+                "sra-dts-as",
+                {"training.compile": compiled, "training.compile_region": "blocks"},
+            )
             benchmark = StepBenchmark(config)
             for model in (benchmark.take_step.student, benchmark.ema.model):
                 for block in model.blocks if compiled else ():
@@ -183,6 +188,20 @@ def test_blocks_are_compiled_once_for_any_depth(monkeypatch: pytest.MonkeyPatch)
             graphs[depth] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         assert losses[depth, True] == pytest.approx(losses[depth, False], rel=1e-5)
     assert graphs == {3: 2, 6: 2}
+
+
+@pytest.mark.parametrize(
+    ("region", "depth", "sharded", "blocks"),
+    [
+        ("auto", 12, False, False),
+        ("auto", 13, False, True),
+        ("auto", 2, True, True),
+        ("blocks", 2, False, True),
+        ("objective", 28, False, False),
+    ],
+)
+def test_what_is_compiled_as_one(region: Any, depth: int, sharded: bool, blocks: bool) -> None:
+    assert compiles_blocks(TrainingConfig(compile_region=region), depth, sharded) is blocks
 
 
 def test_weights_that_change_do_not_compile_again() -> None:

@@ -8,7 +8,7 @@ import contextlib
 import math
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,7 +44,22 @@ def read_npy(path: Path) -> Array:
     return values.reshape(shape, order="F" if fortran else "C")
 
 
-class Npz(Mapping[str, Array]):
+class _Arrays(Mapping[str, Array]):
+    """The arrays of a file by name; which there are is told without reading any."""
+
+    names: Collection[str]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:  # without reading it
+        return name in self.names
+
+
+class Npz(_Arrays):
     """The arrays of a `.npz`, each read when it is asked for.
 
     Args:
@@ -65,17 +80,9 @@ class Npz(Mapping[str, Array]):
         except Exception as error:  # zipfile raises a dozen kinds for a damaged archive
             raise UserError(f"{path} is truncated or not a .npz file: {_said(error)}") from error
         self.members = {member.filename.removesuffix(".npy"): member for member in members}
+        self.names = self.members.keys()
         if len(self.members) < len(members):
             raise UserError(f"{path} holds several arrays of one name: which one is meant?")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.members)
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def __contains__(self, name: object) -> bool:  # without reading it
-        return name in self.members
 
     def __getitem__(self, name: str) -> Array:
         member = self.members[name]
@@ -126,7 +133,7 @@ class Npz(Mapping[str, Array]):
         return np.memmap(self.path, dtype, "r", start + header, shape, order)  # type: ignore[call-overload]
 
 
-class Hdf5(Mapping[str, Array]):
+class Hdf5(_Arrays):
     """The data sets at the top of an HDF5 file, each read when it is asked for.
 
     Links to other files, and data that is kept in others, are not followed: what a file says must be in it.
@@ -162,15 +169,6 @@ class Hdf5(Mapping[str, Array]):
                 yield file
         except Exception as error:  # HDF5 raises whatever its filters do
             raise UserError(f"{self.path} cannot be read: {what}: {_said(error)}") from error
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __contains__(self, name: object) -> bool:  # without reading it
-        return name in self.names
 
     def __getitem__(self, name: str) -> Array:
         with self._reading(name) as file:

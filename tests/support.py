@@ -182,3 +182,23 @@ def in_two_processes(
         for process in processes:
             process.kill()
     return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+
+
+def torchrun(processes: int) -> list[str]:
+    """The beginning of a command that torchrun starts in several processes on this machine."""
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+    return [sys.executable, *launch]
+
+
+def run_in_processes(processes: int, *words: str, timeout: int = 600) -> None:
+    """Run a file of tests with arguments in several processes without a GPU; none may fail."""
+    places = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*torchrun(processes), *words],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": places},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -264,11 +264,13 @@ def _estimate(words: Sequence[str]) -> int:
         {"model.gradient_checkpointing": parsed.gradient_checkpointing},
     )
     cost = step_cost(config, parsed.batch_size // parsed.devices)
+    # What falls short of the rates takes longer, and what is sent then hides behind more of it.
+    tera, giga = 1e12 * parsed.efficiency, 1e9 * parsed.efficiency
     rates = Rates(
-        matmuls=parsed.device_tflops * 1e12,
-        attention=(parsed.attention_tflops or parsed.device_tflops) * 1e12,
-        elementwise=parsed.device_bandwidth * 1e9,
-        memory=parsed.device_bandwidth * 1e9,
+        matmuls=parsed.device_tflops * tera,
+        attention=(parsed.attention_tflops or parsed.device_tflops) * tera,
+        elementwise=parsed.device_bandwidth * giga,
+        memory=parsed.device_bandwidth * giga,
     )
     number_bytes = FLOAT_BYTES if parsed.precision == "fp32" else 2
     cluster = Cluster(
@@ -280,15 +282,7 @@ def _estimate(words: Sequence[str]) -> int:
         network_bandwidth=parsed.network_bandwidth * 1e9,
         overlap=parsed.overlap,
     )
-    # As if arithmetic took longer: what is sent then hides behind more of it.
-    real = dataclasses.replace(
-        rates,
-        **{
-            field.name: getattr(rates, field.name) * parsed.efficiency
-            for field in dataclasses.fields(rates)
-        },
-    )
-    found = cluster_cost(cost, real, cluster, config.depth, parsed.gradient_accumulation)
+    found = cluster_cost(cost, rates, cluster, config.depth, parsed.gradient_accumulation)
     activations = cost.activation_bytes * number_bytes / FLOAT_BYTES
     _show(
         parsed.json,

@@ -94,16 +94,15 @@ class TrainingStep:
         self._parameters = list(student.parameters())
         self._model: nn.Module = student
         self._optimizer = optimizer
-        if not is_sharded(config.training, accelerator):
+        sharded = is_sharded(config.training, accelerator)
+        if not sharded:
             self._model, self._optimizer = accelerator.prepare(student, optimizer)
             # The objective runs under autocast; whoever looks at the student sees float32.
             accelerator.unwrap_model(self._model, keep_fp32_wrapper=False)
         self.finite = FiniteSteps(config.training, optimizer, accelerator.device, skipped)
         # All processes have to agree, and have only the gradient in common.
         self._watches_losses = accelerator.num_processes == 1
-        by_block = compiles_blocks(
-            config.training, len(student.blocks), is_sharded(config.training, accelerator)
-        )
+        by_block = compiles_blocks(config.training, len(student.blocks), sharded)
         if config.training.compile and by_block:
             for block in [*student.blocks, *ema.model.blocks]:
                 block.compile(dynamic=False)

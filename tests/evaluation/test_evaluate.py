@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from support import in_two_processes
+from support import in_two_processes, torchrun
 
 from selfalign import UserError
 from selfalign.cli import main
@@ -286,8 +285,7 @@ def test_several_processes_give_the_numbers_of_one(
         }
         shutil.copytree(cache / "classifiers", tmp_path / f"cache{processes}" / "classifiers")
         command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(processes), "-m", "selfalign.cli"),
+            *(*torchrun(processes), "-m", "selfalign.cli"),
             *("evaluate", str(folder)),
             # torchrun would take --num for an abbreviation of an option of its own.
             *("--num-samples", "600", "--steps", "1", "--out", str(tmp_path / f"out{processes}")),

@@ -5,14 +5,13 @@ Run by torchrun, this file is one of the processes that share a model.
 
 import dataclasses
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from support import run_in_processes
 
 from selfalign import recipe, resolve
 from selfalign.backbones.sit.sizes import SIZES
@@ -24,16 +23,7 @@ from selfalign.training.step import TrainingStep
 
 @pytest.mark.slow
 def test_two_graphs_for_any_depth_and_the_same_losses() -> None:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launch, __file__],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_in_processes(2, __file__)
 
 
 def losses_of(depth: int, compiled: bool) -> list[float]:

@@ -5,12 +5,12 @@ Run by torchrun, this file is one of the processes that share a model.
 
 import copy
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.distributed as dist
+from support import run_in_processes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -28,15 +28,7 @@ from selfalign import (
 
 @pytest.mark.parametrize("choice", ["auto", "torch"])
 def test_two_processes_share_a_model(choice: str) -> None:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launch, __file__, choice],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_in_processes(2, __file__, choice, timeout=180)
 
 
 def compare_with_the_whole(checkpointing: bool) -> None:

@@ -2,11 +2,10 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 from small_images import make_images
-from support import in_two_processes
+from support import in_two_processes, torchrun
 
 from selfalign.runs.folder import read_record
 from selfalign.training.checkpoint import checkpoint_name, latest_checkpoint
@@ -19,17 +18,9 @@ OPTIONS = [
 
 
 def _train_in_two_processes(out: Path) -> subprocess.CompletedProcess[str]:
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
     command = ["-m", "selfalign.cli", "train", "sra-dts-as", "--out", str(out)]
     return subprocess.run(
-        [*launch, *command, *OPTIONS], capture_output=True, text=True, timeout=180, check=False
+        [*torchrun(2), *command, *OPTIONS], capture_output=True, text=True, timeout=180, check=False
     )
 
 

@@ -5,7 +5,6 @@ Run by torchrun, this file is one of the processes: it trains the runs that it i
 
 import json
 import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from support import run_in_processes
 
 from selfalign import UserError, recipe
 from selfalign.runs.start import resume_run, start_run
@@ -58,16 +58,7 @@ def quiet(state: TrainingState, values: dict[str, float]) -> None:
 
 def train_in(processes: int, runs: Sequence[dict[str, Any]]) -> None:
     """Train runs, one after the other, in several processes."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [sys.executable, *launch, __file__, json.dumps(runs)],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_in_processes(processes, __file__, json.dumps(runs), timeout=1800)
 
 
 @dataclass(frozen=True)

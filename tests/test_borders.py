@@ -28,7 +28,7 @@ from PIL import Image
 from study.synthetic import write_synthetic_study
 
 from selfalign.arrays import Npz, read_npy
-from selfalign.backbones.diffusers import DIT, _settings
+from selfalign.backbones.diffusers.folder import DIT, read_settings
 from selfalign.backbones.diffusers.model import load_folder
 from selfalign.cli import main
 from selfalign.config_file import read_config
@@ -83,7 +83,7 @@ NARROW = {"num_attention_heads": 2, "attention_head_dim": 8, "norm_num_groups": 
 
 
 def _diffusers(folder: Path) -> None:
-    _settings.__wrapped__(str(folder), "folder")
+    read_settings.__wrapped__(str(folder), "folder")
     load_folder(str(folder), DIT)
 
 

@@ -61,7 +61,9 @@ def _steps(run: LoadedRun, is_further: bool) -> str:
 def _metrics(folder: Path) -> dict[str, str]:
     """Of the run's last held-out loss, and of its evaluation."""
     found = {}
-    heldout = next((line for line in reversed(read_metrics(folder)) if "heldout_ema" in line), None)
+    heldout = next(
+        (line for line in reversed(read_metrics(folder, most=1)) if "heldout_ema" in line), None
+    )
     if heldout is not None:
         found["held-out denoising loss, EMA"] = f"{heldout['heldout_ema']:.4f}"
     path = folder / "evaluation.json"

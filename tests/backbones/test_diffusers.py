@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from support import clean_images, draw_of, randomize, resolved
 
 from selfalign import SiT, UserError, recipe
-from selfalign.backbones.diffusers import DIT, FLUX
+from selfalign.backbones.diffusers.folder import DIT, FLUX
 from selfalign.backbones.diffusers.model import load_folder, merged_weights, save_folder
 from selfalign.cli import main
 from selfalign.objective import Objective

@@ -4,43 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from selfalign.backbones import BackboneConfig
-from selfalign.errors import UserError
+from selfalign.backbones.diffusers.folder import DIT, FLUX, read_settings
 from selfalign.parts import register
-from selfalign.sections import MAX_CHANNELS, MAX_CLASSES, MAX_SIDE
 
 if TYPE_CHECKING:
     from selfalign.backbones.diffusers.model import Adapter
     from selfalign.config import ResolvedConfig
     from selfalign.sections import ModelConfig
 
-DIT, FLUX = "DiTTransformer2DModel", "FluxTransformer2DModel"
 MAX_RANK = 4096
-LAYERS = ("num_layers", "num_single_layers")
-LIMITS = {
-    **dict.fromkeys(LAYERS, 1000),
-    "in_channels": MAX_CHANNELS,
-    "patch_size": MAX_SIDE,
-    "sample_size": MAX_SIDE,
-    "num_embeds_ada_norm": MAX_CLASSES,
-}
-"""The most of each number that is read here."""
-USUAL: Mapping[str, Mapping[str, int]] = {
-    DIT: {
-        "num_layers": 28,
-        "in_channels": 4,
-        "patch_size": 2,
-        "sample_size": 32,
-        "num_embeds_ada_norm": 1000,
-    },
-    FLUX: {"num_layers": 19, "num_single_layers": 38, "in_channels": 64},
-}
-"""diffusers' defaults, which stand for what a config.json leaves out."""
 
 
 @register("diffusers")
@@ -79,7 +54,7 @@ class DiffusersConfig(BackboneConfig):
     @property
     def settings(self) -> Mapping[str, Any]:
         """The folder's config.json."""
-        return _settings(self.folder, self.dotted("folder"))
+        return read_settings(self.folder, self.dotted("folder"))
 
     def check_in(self, config: Any) -> None:
         """Data, patch and views must be those that the model can take."""
@@ -141,29 +116,3 @@ class DiffusersConfig(BackboneConfig):
         if self.lora_rank:
             adapter.add_adapters(self.lora_rank, self.lora_alpha or self.lora_rank)
         return adapter
-
-
-@lru_cache(maxsize=16)
-def _settings(folder: str, setting: str) -> Mapping[str, Any]:
-    from selfalign.records import convert, read_plain  # training by itself needs no msgspec
-
-    path = Path(folder) / "config.json"
-    if not folder or not path.is_file():
-        raise UserError(
-            f"{setting} is {folder!r}: needed is a folder of diffusers, with config.json"
-        )
-    found = convert(read_plain(path), dict[str, Any], f"{path} cannot be read")
-    kind = found.get("_class_name")
-    if kind not in (DIT, FLUX):
-        raise UserError(f"{path} is of {kind!r}: allowed are {DIT} and {FLUX}")
-    whole = {**USUAL[kind], **found}
-    for name in USUAL[kind]:
-        value, least = whole[name], 0 if kind == FLUX and name in LAYERS else 1
-        if type(value) is not int or not least <= value <= LIMITS[name]:
-            raise UserError(
-                f"{path} is damaged: {name} is {value!r}; allowed are whole numbers from {least} to "
-                f"{LIMITS[name]:,}"
-            )
-    if not sum(whole.get(name, 0) for name in LAYERS):
-        raise UserError(f"{path} is damaged: it has no layers")
-    return MappingProxyType(whole)

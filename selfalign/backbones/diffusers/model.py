@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selfalign.backbones.diffusers import LAYERS
+from selfalign.backbones.diffusers.folder import LAYERS
 from selfalign.config import ResolvedConfig
 from selfalign.errors import UserError
 from selfalign.memory import require_memory

@@ -15,6 +15,7 @@ import gc
 import io
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402
 from reference import reference_sde  # noqa: E402
 from sides import ReferenceStep, alternate, make_config, spread  # noqa: E402
 
@@ -49,6 +51,11 @@ GIB = 2**30
 PAIRS = 5
 BANDWIDTH_BYTES = 2**30
 """Of the copy that the memory's rate is taken from."""
+GRAIN, LARGEST = 16, 1024
+"""Batches are multiples of the one, up to the other."""
+MODES = ("eager", "against the reference", "compiled")
+FILLED = 0.9
+"""Share of the device's memory that the largest batch may take."""
 
 
 @dataclasses.dataclass
@@ -142,6 +149,8 @@ def waits(bench: Bench) -> dict[str, Any]:
 
 def determinism(bench: Bench) -> dict[str, Any]:
     """Ten steps twice, and five, saved, loaded and five more: the same weights, bit for bit?"""
+    # Without this, cuBLAS may choose another algorithm for the same product.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     found = {}
     for label, strict in (("as it is", False), ("deterministic algorithms", True)):
         torch.use_deterministic_algorithms(strict, warn_only=True)
@@ -218,8 +227,6 @@ def _losses(name: str, side: int, device: torch.device) -> list[float]:
 
 def compiler(bench: Bench) -> dict[str, Any]:
     """torch.compile: graphs, recompilations, seconds to compile, and speed against eager."""
-    import torch._dynamo
-
     found = {}
     for name in ("sit", "sra-dts-as"):
         torch._dynamo.reset()
@@ -251,29 +258,59 @@ def matmul_peak(bench: Bench) -> float:
 
 
 def largest_batch(bench: Bench, make: Callable[[int], Callable[[], float]]) -> int:
-    """The largest power of two whose step fits into the device's memory."""
-    batch = 4 if bench.dry else 512
-    while batch > 1:
+    """The largest number of samples, in whole `GRAIN`s, whose step fits into the device's memory.
+
+    Two small steps tell what a sample takes; less is tried where that promised too much.
+    """
+    if bench.dry:
+        return 4
+    peaks = []
+    for batch in (GRAIN, 2 * GRAIN):
+        step = make(batch)
+        step(), step()
+        peaks.append(torch.cuda.max_memory_allocated())
+        del step
+        bench.free_memory()
+    free, _ = torch.cuda.mem_get_info()
+    further = (FILLED * free - peaks[1]) // (peaks[1] - peaks[0])
+    batch = min(LARGEST, GRAIN * (2 + max(0, int(further))))
+    while batch > GRAIN:
         try:
             step = make(batch)
             step(), step()
         except torch.OutOfMemoryError:
-            batch //= 2
+            batch -= GRAIN * max(1, batch // (8 * GRAIN))
         else:
-            return batch
+            break
         finally:
             step = None  # type: ignore[assignment]
             bench.free_memory()
-    return 1
+    return batch
+
+
+def measure_rates(bench: Bench) -> Rates:
+    """Products in bf16 and copies, as fast as this device makes them."""
+    numbers = torch.randn((2**20 if bench.dry else BANDWIDTH_BYTES) // 4, device=bench.device)
+    other = torch.empty_like(numbers)
+    copy = min(seconds_of(lambda: other.copy_(numbers), bench.device) for _ in range(5))
+    bandwidth = 2 * numbers.numel() * 4 / copy
+    peak = matmul_peak(bench)
+    return Rates(peak, peak, bandwidth, bandwidth)
 
 
 def steps(bench: Bench) -> dict[str, Any]:
-    """Seconds per step, share of the bf16 peak and memory, by size, tokens, recipe and mode."""
-    peak = matmul_peak(bench)
-    found: dict[str, Any] = {"peak_tflops": peak / 1e12, "rows": []}
+    """Seconds per step, share of the bf16 peak, memory and the estimate, by size, recipe and mode."""
+    rates = measure_rates(bench)
+    found: dict[str, Any] = {
+        "peak_tflops": rates.matmuls / 1e12,
+        "copy_gb_per_second": rates.memory / 1e9,
+        "rows": [],
+    }
+    bench.free_memory()
+    batches: dict[tuple[str, int, str], int] = {}
     for size, side, name, mode in _step_cases(bench):
         try:
-            row = _measure(bench, peak, size, side, name, mode)
+            row = _measure(bench, rates, batches, size, side, name, mode)
         except Exception as error:  # noqa: BLE001 - one case that fails says nothing of the others
             line = (str(error).splitlines() or [""])[0]
             row = {"failed": f"{type(error).__name__}: {line}"}
@@ -288,38 +325,42 @@ def _step_cases(bench: Bench) -> Iterator[tuple[str, int, str, str]]:
     """The most telling first: the time may not suffice for all."""
     few, many = bench.sides
     largest = bench.sizes[0]
-    first = (
-        (largest, few, "sra-dts-as", "eager"),
-        (largest, few, "sra-dts-as", "against the reference"),
-        (largest, many, "sra-dts-as", "eager"),
-        (largest, many, "sra-dts-as", "against the reference"),
-        (largest, many, "self-flow", "eager"),
-        (largest, few, "sra-dts-as", "compiled"),
-    )
+    first = [(largest, few, "sra-dts-as", mode) for mode in MODES]
+    first += [(largest, many, "sra-dts-as", mode) for mode in MODES]
+    first += [(largest, few, "sit", mode) for mode in ("eager", "compiled")]
+    first += [(largest, many, "self-flow", mode) for mode in ("eager", "compiled")]
     yield from first
-    for size in bench.sizes:
-        for side in bench.sides:
-            for name in ("sit", "self-flow", "sra-dts-as"):
-                if (size, side, name, "eager") not in first:
-                    yield size, side, name, "eager"
-    for size in bench.sizes[1:]:
-        yield size, few, "sra-dts-as", "compiled"
-    yield largest, many, "sra-dts-as", "compiled"
+    for side in bench.sides:
+        for mode in MODES:
+            for name in ("sra-dts-as", "self-flow", "sit"):
+                for size in bench.sizes:
+                    case = (size, side, name, mode)
+                    if case not in first and (mode != MODES[1] or name == "sra-dts-as"):
+                        yield case
 
 
 def _measure(
-    bench: Bench, peak: float, size: str, side: int, name: str, mode: str
+    bench: Bench,
+    rates: Rates,
+    batches: dict[tuple[str, int, str], int],
+    size: str,
+    side: int,
+    name: str,
+    mode: str,
 ) -> dict[str, Any]:
-    more = {"training.compile": True} if mode == "compiled" else {}
     if mode == "against the reference":
         return _against_reference(bench, size, side, name)
-    plain = lambda batch: StepBenchmark(bench.config(name, size, side, batch))  # noqa: E731
-    batch = largest_batch(bench, plain)
-    config = bench.config(name, size, side, batch, **more)
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r}: allowed are {', '.join(MODES)}")
+    make = lambda batch: StepBenchmark(bench.config(name, size, side, batch))  # noqa: E731
+    if (size, side, name) not in batches:
+        batches[size, side, name] = largest_batch(bench, make)
+    batch = batches[size, side, name]
+    config = bench.config(name, size, side, batch, **{"training.compile": mode == "compiled"})
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     step = StepBenchmark(config)
-    started = time.perf_counter()
-    step()
-    first = time.perf_counter() - started
+    first = step()
     step(), step()
     seconds = [step() for _ in range(2 if bench.dry else 7)]
     median = statistics.median(seconds)
@@ -328,10 +369,11 @@ def _measure(
         "batch": batch,
         "seconds": spread(seconds),
         "images_per_second": batch / median,
-        "share_of_peak": cost.flops / median / peak,
+        "share_of_peak": cost.flops / median / rates.matmuls,
+        "estimate_over_measured": cost.seconds(rates) / median,
         "peak_gib": bench.peak_gib(),
         "seconds_of_first_step": round(first, 1),
-        "median_seconds": median,
+        "graphs": torch._dynamo.utils.counters["stats"].get("unique_graphs", 0),
     }
 
 
@@ -361,9 +403,10 @@ def sampling(bench: Bench) -> dict[str, Any]:
     size, side = bench.sizes[0], bench.sides[0]
     batch = 2 if bench.dry else 64
     config = bench.config("sit", size, side, batch)
-    model = make_model(config).to(bench.device).eval().requires_grad_(False)
+    model = make_model(config, bench.device).eval().requires_grad_(False)
     settings = SamplingConfig("sde", 10, 1.8, (0.0, 0.7))
-    reference = ReferenceStep(config).student.to(bench.device).eval().requires_grad_(False)
+    with bench.device:
+        reference = ReferenceStep(config).student.eval().requires_grad_(False)
     reference.load_state_dict(model.state_dict(), strict=False)  # sampling needs no head
     noise = torch.randn(batch, 4, side, side, device=bench.device)
     labels = torch.randint(10, (batch,), device=bench.device)
@@ -407,72 +450,61 @@ def _autocast(
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
+KINDS = {
+    "optimizer, clipping, average": ("multi_tensor_apply", "foreach"),
+    "attention": ("flash", "fmha", "sdpa", "attention"),
+    "matmuls": ("nvjet", "gemm", "cutlass", "cublas", "xmma", "addmm", "aten::mm", "aten::bmm"),
+}
+"""What a kernel's name has in it, by what it does; everything else is norms, gates, casts and copies."""
+
+
 def profile(bench: Bench) -> dict[str, Any]:
-    """Where a step of the largest model goes: its kernels by their share of the device's time."""
+    """Where a step of the largest model goes: kinds of kernels, and the longest, by share of time."""
     batch = 2 if bench.dry else 64
-    step = StepBenchmark(bench.config("sra-dts-as", bench.sizes[0], bench.sides[0], batch))
-    step(), step()
     cuda = bench.device.type == "cuda"
-    kinds = [torch.profiler.ProfilerActivity.CPU]
+    watched = [torch.profiler.ProfilerActivity.CPU]
     if cuda:
-        kinds.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=kinds) as profiler:
-        seconds = step()
-    events = profiler.key_averages()
-    taken = {
-        event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total)
-        for event in events
-    }
-    total = sum(taken.values()) or 1.0
-    largest = sorted(taken.items(), key=lambda item: -item[1])[:20]
-    return {
-        "seconds": seconds,
-        "busy_seconds": total / 1e6,
-        "shares": {name[:90]: round(value / total, 4) for name, value in largest},
-    }
-
-
-def estimate(bench: Bench) -> dict[str, Any]:
-    """The cost model's time beside measured steps, at the rates of this device."""
-    peak = matmul_peak(bench)
-    numbers = torch.empty((2**20 if bench.dry else BANDWIDTH_BYTES) // 4, device=bench.device)
-    other = torch.empty_like(numbers)
-    copy = min(seconds_of(lambda: other.copy_(numbers), bench.device) for _ in range(5))
-    bandwidth = 2 * numbers.numel() * 4 / copy
-    del numbers, other
-    found: dict[str, Any] = {
-        "peak_tflops": peak / 1e12,
-        "bandwidth_gb": bandwidth / 1e9,
-        "steps": {},
-    }
-    for size in bench.sizes:
-        batch = 2 if bench.dry else 64
-        config = bench.config("sra-dts-as", size, bench.sides[0], batch)
+        watched.append(torch.profiler.ProfilerActivity.CUDA)
+    found = {}
+    for mode in ("eager", "compiled"):
+        more = {"training.compile": mode == "compiled"}
+        config = bench.config("sra-dts-as", bench.sizes[0], bench.sides[0], batch, **more)
         step = StepBenchmark(config)
-        step(), step()
-        measured = statistics.median(step() for _ in range(PAIRS))
-        predicted = step_cost(config, batch).seconds(Rates(peak, peak, bandwidth, bandwidth))
-        found["steps"][size] = {
-            "predicted_seconds": predicted,
-            "measured_seconds": measured,
-            "predicted_over_measured": predicted / measured,
+        step(), step(), step()
+        seconds = step()
+        with torch.profiler.profile(activities=watched) as profiler:
+            step()
+        taken = {
+            event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
+            for event in profiler.key_averages()
         }
+        total = sum(taken.values()) or 1.0
+        kinds = dict.fromkeys((*KINDS, "other"), 0.0)
+        for name, value in taken.items():
+            fits = (k for k, parts in KINDS.items() if any(part in name for part in parts))
+            kinds[next(fits, "other")] += value / total
+        longest = sorted(taken.items(), key=lambda item: -item[1])[:20]
+        found[mode] = {
+            "seconds": seconds,
+            "busy_seconds": total / 1e6,
+            "kinds": {name: round(value, 4) for name, value in kinds.items()},
+            "longest": {name[:120]: round(value / total, 4) for name, value in longest},
+        }
+        bench.save(found)
         del step
         bench.free_memory()
-        bench.save(found)
     return found
 
 
 PARTS: dict[str, tuple[Callable[[Bench], dict[str, Any]], int]] = {
     "recorded": (recorded, 45),
-    "waits": (waits, 30),
-    "determinism": (determinism, 45),
-    "devices": (devices, 45),
-    "steps": (steps, 170),
+    "waits": (waits, 25),
+    "determinism": (determinism, 40),
+    "devices": (devices, 40),
+    "steps": (steps, 210),
     "compiler": (compiler, 60),
-    "sampling": (sampling, 35),
-    "profile": (profile, 25),
-    "estimate": (estimate, 25),
+    "sampling": (sampling, 30),
+    "profile": (profile, 60),
 }
 """Each part and its limit in seconds; together eight minutes."""
 DRY_PATIENCE = 5

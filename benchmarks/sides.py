@@ -31,7 +31,7 @@ class ReferenceStep:
 
     Args:
         config: a resolved tree; of its precisions fp32 and bf16.
-        product: whose weights and device it takes; None for weights of its own, on the CPU.
+        product: whose weights and device it takes; None for weights of its own, on torch's device.
     """
 
     def __init__(self, config: ResolvedConfig, product: StepBenchmark | None = None) -> None:
@@ -44,8 +44,11 @@ class ReferenceStep:
             "qk_norm": model.qk_norm,
             **dataclasses.asdict(parse_size(model.size)[0]),
         }
-        self.device = torch.device("cpu") if product is None else product.accelerator.device
-        self.student, self.teacher = (ReferenceSiT(**settings).to(self.device) for _ in range(2))
+        self.device = torch.get_default_device() if product is None else product.accelerator.device
+        with self.device:
+            self.student, self.teacher = (
+                ReferenceSiT(**settings).to(self.device) for _ in range(2)
+            )
         if product is not None:
             self.student.load_state_dict(product.take_step.student.state_dict())
         self.teacher.load_state_dict(self.student.state_dict())

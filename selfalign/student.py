@@ -11,6 +11,17 @@ def build_student(config: ResolvedConfig) -> Backbone:
     Raises:
         UserError: a part takes features of a module that the backbone does not have.
     """
+    student = assemble_student(config)
+    student.initialize_weights(make_generator(config.seed, "weights"))
+    return student
+
+
+def assemble_student(config: ResolvedConfig) -> Backbone:
+    """The model that a resolved tree describes, with weights that nobody has set yet.
+
+    Raises:
+        UserError: a part takes features of a module that the backbone does not have.
+    """
     student: Backbone = config.backbone.build(config)
     for term in config.used_terms().values():
         student.require_taps(term.taps(config), term.section)
@@ -19,5 +30,4 @@ def build_student(config: ResolvedConfig) -> Backbone:
             student.add_head(name, head, tap)
     for target in config.used_targets().values():
         student.require_taps((*target.taps(config), *target.teacher_taps(config)), target.section)
-    student.initialize_weights(make_generator(config.seed, "weights"))
     return student

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from selfalign.benchmark.limit import seconds_of, synchronize
 from selfalign.config import ResolvedConfig
 from selfalign.data.batch import Batch
 from selfalign.network import Backbone
-from selfalign.student import build_student
+from selfalign.student import assemble_student
 from selfalign.training.accelerator import make_accelerator
 from selfalign.training.ema import EMA
 from selfalign.training.step import TrainingStep, make_optimizer
@@ -39,14 +40,18 @@ class StepTiming:
         return statistics.median(self.seconds)
 
 
-def make_model(config: ResolvedConfig) -> Backbone:
-    """A model whose zero-initialised layers are not zero, so that no work is trivial."""
-    model = build_student(config)
-    generator = torch.Generator().manual_seed(0)
+def make_model(config: ResolvedConfig, device: torch.device | str = "cpu") -> Backbone:
+    """A model on a device, with small random weights: no layer is zero, so that no work is trivial.
+
+    The numbers are drawn where they are needed, as large models take seconds to draw on a processor:
+    on another device they are others.
+    """
+    with torch.device(device):
+        model = assemble_student(config)
+    generator = torch.Generator(device).manual_seed(0)
     for parameter in model.parameters():
-        if not parameter.any():
-            parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-    return model
+        nn.init.normal_(parameter, std=0.02, generator=generator)
+    return model.to(device)
 
 
 class StepBenchmark:
@@ -60,7 +65,7 @@ class StepBenchmark:
         self.config = config
         self.accelerator: Accelerator = make_accelerator(config.training, Path())
         device = self.accelerator.device
-        student = make_model(config).to(device).train()
+        student = make_model(config, device).train()
         generator = torch.Generator().manual_seed(0)
         self.ema = EMA(student, config.training.ema_decays[0])
         optimizer = make_optimizer(config, student)

@@ -70,7 +70,7 @@ def time_sampling(
         UserError: the model cannot be sampled so.
     """
     device = torch.device(device)
-    model = make_model(config).eval().requires_grad_(False).to(device)
+    model = make_model(config, device).eval().requires_grad_(False)
     check_sampling(model, sampling, config.views.class_dropout, None)
 
     def sample() -> None:

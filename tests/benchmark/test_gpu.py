@@ -63,11 +63,14 @@ def test_steps_repeat_and_resume(tmp_path: Path) -> None:
         assert result == {"repeated": True, "resumed": True}, name
 
 
-def test_sampling_profile_and_estimate(tmp_path: Path) -> None:
+def test_sampling_and_profile(tmp_path: Path) -> None:
     sampled = found("sampling", tmp_path)
     assert "images_per_second_of_250_steps" in sampled["bf16"]
-    assert 0 < sum(found("profile", tmp_path)["shares"].values()) <= 1.001
-    assert found("estimate", tmp_path)["steps"]["tiny/2"]["measured_seconds"] > 0
+    profile = found("profile", tmp_path)
+    assert profile.keys() == {"eager", "compiled"}
+    for profiled in profile.values():
+        assert sum(profiled["kinds"].values()) == pytest.approx(1, abs=1e-3)
+        assert 0 < sum(profiled["longest"].values()) <= 1.001 and profiled["kinds"]["matmuls"] > 0.1
 
 
 def test_steps_are_measured_against_the_reference(tmp_path: Path, monkeypatch: Any) -> None:
@@ -75,7 +78,9 @@ def test_steps_are_measured_against_the_reference(tmp_path: Path, monkeypatch: A
     monkeypatch.setattr(gpu, "_step_cases", lambda bench: [*cases, ("huge", 8, "sit", "eager")])
     rows = found("steps", tmp_path)["rows"]
     assert rows[0]["batch"] == 4 and 0 < rows[0]["share_of_peak"] < 1
+    assert rows[0]["estimate_over_measured"] > 0
     assert "speed_against_reference" in rows[1]
+    assert rows[2]["failed"].startswith("ValueError: mode '?'")
     assert rows[3]["failed"].startswith("UserError: ")
     results = {"machine": {}, "parts": {"steps": {"failure": "", "found": {"rows": rows}}}}
     assert "| size | tokens | recipe | mode |" in gpu.page(results)

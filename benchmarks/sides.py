@@ -56,18 +56,18 @@ class ReferenceStep:
         self.optimizer = torch.optim.AdamW(self.student.parameters(), 1e-4, weight_decay=0.0)
         generator = torch.Generator().manual_seed(0)
         batch = config.training.batch_size
-        x0 = torch.randn(batch, model.channels, *model.image_size, generator=generator)
-        labels = torch.randint(model.num_classes, (batch,), generator=generator)
+        drawn = {"generator": generator, "device": "cpu"}
+        x0 = torch.randn(batch, model.channels, *model.image_size, **drawn)
+        labels = torch.randint(model.num_classes, (batch,), **drawn)
         self.x0, self.labels = x0.to(self.device), labels.to(self.device)
         self.step = 0
 
     def __call__(self) -> float:
         """Take one step and return its seconds."""
-        seconds = seconds_of(self._take, self.device)
-        self.step += 1
-        return seconds
+        return seconds_of(self.take, self.device)
 
-    def _take(self) -> None:
+    def take(self) -> None:
+        """Take one step, and wait for nothing."""
         config = self.config
         alignment, ema = config.terms["alignment"], config.targets["ema"]
         generator = make_generator(0, "views", self.step, device=self.device)
@@ -104,11 +104,24 @@ class ReferenceStep:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         update_ema(self.teacher, self.student, 0.9999)
+        self.step += 1
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.config.training.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def in_a_row(
+    step: StepBenchmark | ReferenceStep, count: int, device: torch.device
+) -> Callable[[], float]:
+    """What takes some steps as training does, none waiting for the last, and returns seconds of one."""
+
+    def take() -> None:
+        for _ in range(count):
+            step.take()
+
+    return lambda: seconds_of(take, device) / count
 
 
 def alternate(

@@ -19,6 +19,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     TorchDynamoPlugin,
     gather_object,
+    parse_flag_from_env,
 )
 
 from selfalign.environment import check_environment, is_launched
@@ -50,6 +51,7 @@ def open_accelerator(
         ValueError: the device lacks the precision, where that is not "no".
     """
     check_environment()
+    _check_devices()
     if "WORLD_SIZE" in os.environ and not torch.accelerator.is_available():
         # Without this, accelerate takes each of torchrun's processes on CPUs for the only one.
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
@@ -84,6 +86,22 @@ def open_accelerator(
     return accelerator
 
 
+def _check_devices() -> None:
+    """Refuse more processes on this machine than it has GPUs: two that share one end in errors of NCCL."""
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if 0 < gpus < here and not _on_cpus():
+        raise UserError(
+            f"{here} processes were started on this machine, and it has {gpus} "
+            f"GPU{'s' if gpus > 1 else ''}: start one for each, or let all use the CPU by "
+            "ACCELERATE_USE_CPU=true"
+        )
+
+
+def _on_cpus() -> bool:
+    """Whether accelerate was told to leave GPUs alone."""
+    return parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
 def _meet_anew() -> None:
     """Open the group of processes that torchrun has started again, apart from the one before it.
 
@@ -96,7 +114,7 @@ def _meet_anew() -> None:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    on_gpus = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU") != "true"
+    on_gpus = torch.cuda.is_available() and not _on_cpus()
     store, rank, processes = next(rendezvous("env://", timeout=LONGEST_WAIT))
     dist.init_process_group(
         "nccl" if on_gpus else "gloo",

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -24,6 +25,11 @@ from selfalign.training.tracking import read_metrics
 from selfalign.views import View, Views
 
 RECIPE_NAMES = ("sit", "sra", "self-flow", "sra-dts", "sra-as", "sra-dts-as")
+on_cpus = pytest.mark.skipif(
+    torch.accelerator.is_available(),
+    reason="compares with what a CPU draws or rounds, or forks, which CUDA does not survive",
+)
+"""Marks what cannot hold on another device; everything else runs on the one there is."""
 GROUPED = ("self-flow", "sra-dts", "sra-as", "sra-dts-as")
 """The recipes with more than one token group."""
 

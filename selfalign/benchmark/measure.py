@@ -81,13 +81,14 @@ class StepBenchmark:
         self.batch = Batch(x0, labels, features).to(device)
         self._step = 0
 
+    def take(self) -> None:
+        """Take one step, and wait for nothing."""
+        self.take_step(self._step, [self.batch])
+        self._step += 1
+
     def __call__(self) -> float:
         """Take one step and return its seconds."""
-        seconds = seconds_of(
-            lambda: self.take_step(self._step, [self.batch]), self.accelerator.device
-        )
-        self._step += 1
-        return seconds
+        return seconds_of(self.take, self.accelerator.device)
 
     def parts(self) -> dict[str, float]:
         """Take one step in pieces and return the seconds of each."""

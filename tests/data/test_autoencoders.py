@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import on_cpus
 
 from selfalign import UserError
 from selfalign.cli import main
@@ -85,6 +86,7 @@ def settings(autoencoder: Path, **more: Any) -> PrepareConfig:
     return PrepareConfig(SIDE, str(autoencoder), "float32", **more)
 
 
+@on_cpus
 @pytest.mark.parametrize("normalise", ["config", "measured"])
 def test_round_trip(
     kind: tuple[str, Path], class_folder: Path, tmp_path: Path, normalise: str

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from small_images import make_images
+from support import on_cpus
 
 from selfalign import UserError, load_plugin
 from selfalign.cli import main
@@ -68,6 +69,7 @@ def of_training_images(images: Path, word: str, positions: np.ndarray) -> torch.
     return open_encoder(word, 32)(chosen)
 
 
+@on_cpus
 def test_several_encoders_beside_the_images(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare(str(images), out, config(encoder=WORDS))
@@ -104,6 +106,7 @@ def test_processes_do_not_change_the_result(images: Path, tmp_path: Path) -> Non
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
+@on_cpus
 def test_mirrored_images_have_features_of_their_own(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare(str(images), out, config(encoder=("small",), flip=True))
@@ -118,6 +121,7 @@ def test_mirrored_images_have_features_of_their_own(images: Path, tmp_path: Path
         encoded(again, flip=True).stored("small")
 
 
+@on_cpus
 def test_unreadable_images_have_none(images: Path, tmp_path: Path) -> None:
     (images / "a" / "004.png").write_bytes(b"no image")
     out = tmp_path / "out"
@@ -245,6 +249,7 @@ def test_latents_have_none_to_see_unless_images_are_kept(
     torch.testing.assert_close(kept, expected)
 
 
+@on_cpus
 def test_images_in_memory_are_encoded_once_into_the_cache(tmp_path: Path) -> None:
     data = DataConfig(name="digits", train_fraction=0.05)
     source = open_data(data)

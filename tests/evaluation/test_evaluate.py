@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from support import in_two_processes, torchrun
+from support import in_two_processes, on_cpus, torchrun
 
 from selfalign import UserError
 from selfalign.cli import main
@@ -79,6 +79,7 @@ class TestSamples:
         assert values["planted_copies_found"] > 0.9
         assert found.baseline["fd_classifier"] == found.metrics["fd_classifier"]
 
+    @on_cpus
     def test_the_distance_is_that_of_the_classifiers_features(self, heldout: Path) -> None:
         found = run(heldout, reference="digits", metrics=("fd",))
         module = get_classifier(SOURCE, "digits").module

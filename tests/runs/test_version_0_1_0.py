@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import on_cpus
 
 from selfalign.cli import main
 
@@ -36,6 +37,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "run_v0.1.0"
 
 
+@on_cpus
 def test_resumes_with_the_same_numbers(folder: Path) -> None:
     assert main(["train", "--resume", str(folder), "--training.steps", "8"]) == 0
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

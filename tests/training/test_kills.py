@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import SMALL
 from safetensors.torch import load_file
-from support import assert_same_run
+from support import assert_same_run, on_cpus
 
 from selfalign import RunConfig, recipe
 from selfalign.runs.monitors import HeldOutMonitor
@@ -21,6 +21,7 @@ from selfalign.runs.start import resume_run, start_run
 from selfalign.training import checkpoint
 from selfalign.training.loop import TrainingState
 
+pytestmark = on_cpus
 MONITORS = (HeldOutMonitor(3),)
 CONFIG = {
     **SMALL,

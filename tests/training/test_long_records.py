@@ -42,10 +42,10 @@ def test_going_on_keeps_the_lines_before_byte_by_byte(tmp_path: Path) -> None:
     before = path.read_bytes().splitlines(keepends=True)
     damaged = [*before[:2500], b'{"step": 2501, "loss": 1.5, "gr', b"\0\0\n", *before[2500:]]
     path.write_bytes(b"".join(damaged))
-    Metrics(tmp_path, Accelerator(cpu=True), 2000)
+    Metrics(tmp_path, Accelerator(), 2000)
     after = path.read_bytes().splitlines(keepends=True)
     assert after == [line for line in before if json.loads(line)["step"] <= 2000]
-    Metrics(tmp_path, Accelerator(cpu=True), 1000, monitored=False)
+    Metrics(tmp_path, Accelerator(), 1000, monitored=False)
     last = read_metrics(tmp_path)[-1]
     assert last["step"] == 1000 and "loss" in last
 

@@ -1,12 +1,17 @@
 """Two processes share every batch and agree on everything."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
+import pytest
+import torch
 from small_images import make_images
 from support import in_two_processes, torchrun
 
+from selfalign.errors import UserError
+from selfalign.processes import open_accelerator
 from selfalign.runs.folder import read_record
 from selfalign.training.checkpoint import checkpoint_name, latest_checkpoint
 from selfalign.training.tracking import read_metrics
@@ -20,8 +25,25 @@ OPTIONS = [
 def _train_in_two_processes(out: Path) -> subprocess.CompletedProcess[str]:
     command = ["-m", "selfalign.cli", "train", "sra-dts-as", "--out", str(out)]
     return subprocess.run(
-        [*torchrun(2), *command, *OPTIONS], capture_output=True, text=True, timeout=180, check=False
+        [*torchrun(2), *command, *OPTIONS],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
     )
+
+
+def test_processes_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would end in an error of NCCL that says nothing of it."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(
+        UserError, match="2 processes were started on this machine, and it has 1 GPU"
+    ):
+        open_accelerator()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    open_accelerator()
 
 
 def test_a_used_folder_is_refused_once(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ IN_A_ROW = 3
 """Steps that are timed together: training waits for none of them."""
 BANDWIDTH_BYTES = 2**30
 """Of the copy that the memory's rate is taken from."""
-GRAIN, LARGEST = 16, 1024
+GRAIN, LARGEST = 8, 1024
 """Batches are multiples of the one, up to the other."""
 MODES = ("eager", "against the reference", "compiled")
 FILLED = 0.9
@@ -69,6 +69,8 @@ class Bench:
     dry: bool
     save: Callable[[dict[str, Any]], None]
     """Keeps what a part has found so far."""
+    before: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What the part had found when its time ended before."""
 
     @property
     def sizes(self) -> tuple[str, ...]:
@@ -311,17 +313,25 @@ def steps(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {
         "peak_tflops": rates.matmuls / 1e12,
         "copy_gb_per_second": rates.memory / 1e9,
-        "rows": [],
     }
     bench.free_memory()
-    batches: dict[tuple[str, int, str], int] = {}
+    rows = [row for row in bench.before.get("rows", ()) if "failed" not in row]
+    measured = {(row["size"], row["tokens"], row["recipe"], row["mode"]) for row in rows}
+    batches = {
+        (row["size"], row["tokens"], row["recipe"]): row["batch"]
+        for row in rows
+        if row["mode"] == "eager"
+    }
+    found["rows"] = rows
     for size, side, name, mode in _step_cases(bench):
+        tokens = (side // 2) ** 2
+        if (size, tokens, name, mode) in measured:
+            continue
         try:
             row = _measure(bench, rates, batches, size, side, name, mode)
         except Exception as error:  # noqa: BLE001 - one case that fails says nothing of the others
             line = (str(error).splitlines() or [""])[0]
             row = {"failed": f"{type(error).__name__}: {line}"}
-        tokens = (side // 2) ** 2
         found["rows"].append({"size": size, "tokens": tokens, "recipe": name, "mode": mode, **row})
         bench.free_memory()
         bench.save(found)
@@ -331,19 +341,25 @@ def steps(bench: Bench) -> dict[str, Any]:
 def _step_cases(bench: Bench) -> Iterator[tuple[str, int, str, str]]:
     """The most telling first: the time may not suffice for all."""
     few, many = bench.sides
-    largest = bench.sizes[0]
-    first = [(largest, few, "sra-dts-as", mode) for mode in MODES]
-    first += [(largest, many, "sra-dts-as", mode) for mode in MODES]
-    first += [(largest, few, "sit", mode) for mode in ("eager", "compiled")]
-    first += [(largest, many, "self-flow", mode) for mode in ("eager", "compiled")]
-    yield from first
-    for side in bench.sides:
-        for mode in MODES:
-            for name in ("sra-dts-as", "self-flow", "sit"):
-                for size in bench.sizes:
-                    case = (size, side, name, mode)
-                    if case not in first and (mode != MODES[1] or name == "sra-dts-as"):
-                        yield case
+    largest, *smaller = bench.sizes
+    plain, fast = MODES[0], MODES[-1]
+    cases = [(largest, side, "sra-dts-as", mode) for side in bench.sides for mode in MODES]
+    # The same with attention across groups; the other two recipes.
+    others = (
+        (many, "sra-dts"),
+        (few, "sit"),
+        (few, "self-flow"),
+        (many, "self-flow"),
+        (many, "sit"),
+    )
+    cases += [(largest, side, name, mode) for side, name in others for mode in (plain, fast)]
+    for mode in MODES:
+        for side in bench.sides:
+            cases += [(size, side, "sra-dts-as", mode) for size in smaller]
+    for name in ("self-flow", "sit"):
+        for mode in (plain, fast):
+            cases += [(size, side, name, mode) for side in bench.sides for size in smaller]
+    yield from cases
 
 
 def _measure(
@@ -360,9 +376,10 @@ def _measure(
     if mode not in MODES:
         raise ValueError(f"mode {mode!r}: allowed are {', '.join(MODES)}")
     make = lambda batch: StepBenchmark(bench.config(name, size, side, batch))  # noqa: E731
-    if (size, side, name) not in batches:
-        batches[size, side, name] = largest_batch(bench, make)
-    batch = batches[size, side, name]
+    key = (size, (side // 2) ** 2, name)
+    if key not in batches:
+        batches[key] = largest_batch(bench, make)
+    batch = batches[key]
     config = bench.config(name, size, side, batch, **{"training.compile": mode == "compiled"})
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -443,7 +460,7 @@ def sampling(bench: Bench) -> dict[str, Any]:
     for label, precision in (("fp32 with TF32", None), ("bf16", torch.bfloat16)):
         set_tf32(True)
         with _autocast(bench.device, precision):
-            mine, theirs = alternate(own, other, 2 if bench.dry else PAIRS, warmup=1)
+            mine, theirs = alternate(own, other, 2 if bench.dry else 3, warmup=1)
         found[label] = {
             "images_per_second_of_250_steps": spread([batch / (25 * s) for s in mine]),
             "speed_against_reference": spread([b / a for a, b in zip(mine, theirs, strict=True)]),
@@ -488,6 +505,7 @@ def profile(bench: Bench) -> dict[str, Any]:
             event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
             for event in profiler.key_averages()
             if event.device_type == wanted
+            and "#" not in event.key  # which marks a range, not a kernel
         }
         total = sum(taken.values()) or 1.0
         kinds = dict.fromkeys((*KINDS, "other"), 0.0)
@@ -512,9 +530,9 @@ PARTS: dict[str, tuple[Callable[[Bench], dict[str, Any]], int]] = {
     "waits": (waits, 25),
     "determinism": (determinism, 40),
     "devices": (devices, 40),
-    "steps": (steps, 190),
+    "steps": (steps, 180),
     "compiler": (compiler, 75),
-    "sampling": (sampling, 35),
+    "sampling": (sampling, 45),
     "profile": (profile, 45),
 }
 """Each part and its limit in seconds; together eight minutes."""
@@ -527,7 +545,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     said = {
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
+        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
         "device": platform.processor() or "CPU",
     }
     if device.type == "cuda":
@@ -557,18 +575,32 @@ def run_part(name: str, device: torch.device, dry: bool, file: Path) -> None:
         partial.write_text(json.dumps(found))
         partial.replace(file)
 
-    bench = Bench(device, dry, save)
+    before = json.loads(file.read_text()) if file.exists() else {}
+    bench = Bench(device, dry, save, before)
     part, _ = PARTS[name]
     save(part(bench))
 
 
 def run_all(names: list[str], device: torch.device, dry: bool, out: Path) -> dict[str, Any]:
-    """Run parts, each in a process of its own, and write both files after each."""
+    """Run parts, each in a process of its own, and write both files after each.
+
+    A folder with results of the same machine is gone on with: parts that were complete stay as they are,
+    and of the steps only those are taken that have not been.
+    """
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"machine": describe(device), "parts": {}}
+    if (out / "gpu.json").exists():
+        earlier = json.loads((out / "gpu.json").read_text())
+        if earlier["machine"] == results["machine"]:
+            results["parts"] = earlier["parts"]
     for name in names:
         file, (_, limit) = out / f"part-{name}.json", PARTS[name]
         file.unlink(missing_ok=True)
+        if earlier := results["parts"].get(name):
+            if not earlier["failure"]:
+                print(f"{name}: measured before", flush=True)
+                continue
+            file.write_text(json.dumps(earlier["found"]))
         command = [sys.executable, __file__, "--part", name, "--device", str(device)]
         command += ["--out", str(out), *(["--dry"] if dry else [])]
         print(f"{name}: {(PARTS[name][0].__doc__ or '').splitlines()[0]}", flush=True)

@@ -115,20 +115,18 @@ class _Ahead(IterableDataset[Read]):
 
     batch_of: BatchOfMicroStep
     micro_steps: Iterable[int]
-    threads: int
+    threads: ThreadPoolExecutor
+    most: int
+    """Batches that may wait to be taken."""
 
     def __iter__(self) -> Iterator[Read]:
-        pool = ThreadPoolExecutor(self.threads, "data")
         pending: deque[Future[Read]] = deque()
-        try:
-            for micro_step in self.micro_steps:
-                pending.append(pool.submit(self.batch_of.__getitem__, micro_step))
-                if len(pending) > 2 * self.threads:
-                    yield pending.popleft().result()
-            while pending:
+        for micro_step in self.micro_steps:
+            pending.append(self.threads.submit(self.batch_of.__getitem__, micro_step))
+            if len(pending) > self.most:
                 yield pending.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while pending:
+            yield pending.popleft().result()
 
 
 def training_batches(
@@ -165,8 +163,9 @@ def training_batches(
     micro_steps = range(first, last)
     batch_of = BatchOfMicroStep(split, seed, batch_size, rank, processes, features or {})
     in_threads = workers > 0 and split.reads_in_threads
+    threads = ThreadPoolExecutor(max(1, workers), "data")  # which start with their first work
     batches = DataLoader(
-        _Ahead(batch_of, micro_steps, workers) if in_threads else batch_of,
+        _Ahead(batch_of, micro_steps, threads, 2 * workers) if in_threads else batch_of,
         sampler=None if in_threads else micro_steps,
         batch_size=None,
         num_workers=0 if in_threads else workers,
@@ -175,13 +174,16 @@ def training_batches(
         # Without one of its own, the loader would draw its workers' seeds from the global one.
         generator=torch.Generator(),
     )
-    for read in _without_dead_workers(batches) if workers and not in_threads else batches:
-        if isinstance(read, _Failure):
-            raise UserError(read.message)
-        images, labels, held, said = read
-        for message in said:
-            warnings.warn(message, stacklevel=2)
-        yield Batch(images, labels, held)
+    try:
+        for read in _without_dead_workers(batches) if workers and not in_threads else batches:
+            if isinstance(read, _Failure):
+                raise UserError(read.message)
+            images, labels, held, said = read
+            for message in said:
+                warnings.warn(message, stacklevel=2)
+            yield Batch(images, labels, held)
+    finally:  # not when the loader's iterator is collected, which some versions of Python do later
+        threads.shutdown(cancel_futures=True)
 
 
 def _leave_signals_to_main(worker: int) -> None:

@@ -86,6 +86,41 @@ def test_steps_are_measured_against_the_reference(tmp_path: Path, monkeypatch: A
     assert "| size | tokens | recipe | mode |" in gpu.page(results)
 
 
+ROW = {"size": "tiny/2", "tokens": 16, "recipe": "sit", "mode": "eager", "batch": 2}
+FAILED = {**ROW, "mode": "compiled", "failed": "OutOfMemoryError"}
+
+
+def test_parts_that_were_complete_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = {
+        "waits": {"seconds": 1.0, "failure": "", "found": {"sit": "waits for nothing"}},
+        "steps": {"seconds": 1.0, "failure": "not finished in its time", "found": {"rows": [ROW]}},
+    }
+    written = {"machine": gpu.describe(CPU), "parts": parts}
+    (tmp_path / "gpu.json").write_text(json.dumps(written))
+    monkeypatch.setitem(gpu.PARTS, "steps", (gpu.steps, 0))
+    results = gpu.run_all(["waits", "steps"], CPU, True, tmp_path)
+    assert results["parts"]["waits"] == parts["waits"]
+    assert results["parts"]["steps"]["found"] == {"rows": [ROW]}  # with no time for another
+    assert "waits: measured before" in capsys.readouterr().out
+    written["machine"] = {**written["machine"], "device": "another"}
+    (tmp_path / "gpu.json").write_text(json.dumps(written))
+    assert gpu.run_all([], CPU, True, tmp_path)["parts"] == {}
+
+
+def test_steps_that_were_taken_are_not_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes = gpu.MODES[::2]
+    monkeypatch.setattr(
+        gpu, "_step_cases", lambda bench: [("tiny/2", 8, "sit", mode) for mode in modes]
+    )
+    monkeypatch.setattr(gpu, "_measure", lambda *case: {"batch": 3})
+    (tmp_path / "part.json").write_text(json.dumps({"rows": [ROW, FAILED]}))
+    assert found("steps", tmp_path)["rows"] == [ROW, {**ROW, "mode": "compiled", "batch": 3}]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["steps", "compiler"])
 def test_all_cases(name: str, tmp_path: Path) -> None:

@@ -50,6 +50,8 @@ from selfalign.sampling.settings import SamplingConfig  # noqa: E402
 
 GIB = 2**30
 PAIRS = 5
+LONGEST_CELL = 6
+"""Entries of a table's cell."""
 IN_A_ROW = 3
 """Steps that are timed together: training waits for none of them."""
 BANDWIDTH_BYTES = 2**30
@@ -310,10 +312,7 @@ def measure_rates(bench: Bench) -> Rates:
 def steps(bench: Bench) -> dict[str, Any]:
     """Seconds per step, share of the bf16 peak, memory and the estimate, by size, recipe and mode."""
     rates = measure_rates(bench)
-    found: dict[str, Any] = {
-        "peak_tflops": rates.matmuls / 1e12,
-        "copy_gb_per_second": rates.memory / 1e9,
-    }
+    found: dict[str, Any] = {"copy_gb_per_second": rates.memory / 1e9}
     bench.free_memory()
     rows = [row for row in bench.before.get("rows", ()) if "failed" not in row]
     measured = {(row["size"], row["tokens"], row["recipe"], row["mode"]) for row in rows}
@@ -394,6 +393,7 @@ def _measure(
         "batch": batch,
         "seconds": spread(seconds),
         "images_per_second": batch / median,
+        "peak_tflops": rates.matmuls / 1e12,
         "share_of_peak": cost.flops / median / rates.matmuls,
         "estimate_over_measured": cost.seconds(rates) / median,
         "peak_gib": bench.peak_gib(),
@@ -476,11 +476,12 @@ def _autocast(
 
 
 KINDS = {
-    "optimizer, clipping, average": ("multi_tensor_apply", "foreach"),
+    "update": ("multi_tensor_apply", "foreach"),
     "attention": ("flash", "fmha", "sdpa", "attention"),
     "matmuls": ("nvjet", "gemm", "cutlass", "cublas", "xmma", "addmm", "aten::mm", "aten::bmm"),
 }
-"""What a kernel's name has in it, by what it does; everything else is norms, gates, casts and copies."""
+"""What a kernel's name has in it, by what it does: `update` is clipping, optimizer and average, and what
+no name fits is norms, gates, casts and copies."""
 
 
 def profile(bench: Bench) -> dict[str, Any]:
@@ -639,30 +640,39 @@ def page(results: dict[str, Any]) -> str:
         if part["failure"]:
             lines += [f"**Not complete**: {part['failure'].splitlines()[-1]}", ""]
         lines += _section(part["found"])
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _section(found: dict[str, Any]) -> list[str]:
+    if found and all(isinstance(value, dict) for value in found.values()):
+        found = {"": found}
     lines = []
     for key, value in found.items():
         if isinstance(value, list) and value:
-            columns = list(dict.fromkeys(name for row in value for name in row))
-            rows = [[_word(row.get(column, "")) for column in columns] for row in value]
+            lines += ["", *_table(value), ""]
         elif isinstance(value, dict) and value and isinstance(next(iter(value.values())), dict):
-            inner = list(dict.fromkeys(name for row in value.values() for name in row))
-            columns = [key, *inner]
-            rows = [
-                [_word(name), *(_word(row.get(column, "")) for column in inner)]
-                for name, row in value.items()
-            ]
+            lines += ["", *_table([{key: name, **row} for name, row in value.items()]), ""]
         else:
             lines.append(f"- {key.replace('_', ' ')}: {_word(value)}")
-            continue
-        header = " | ".join(column.replace("_", " ") for column in columns)
-        lines += ["", f"| {header} |", "|" + " --- |" * len(columns)]
-        lines += [f"| {' | '.join(row)} |" for row in rows]
-        lines.append("")
     return [*lines, ""]
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    """Rows as a table; what is longer than a cell is in gpu.json alone."""
+    rows = [
+        {
+            name: value
+            for name, value in row.items()
+            if not (isinstance(value, dict) and len(value) > LONGEST_CELL)
+        }
+        for row in rows
+    ]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return [
+        f"| {' | '.join(column.replace('_', ' ') for column in columns)} |",
+        "|" + " --- |" * len(columns),
+        *(f"| {' | '.join(_word(row.get(column, '')) for column in columns)} |" for row in rows),
+    ]
 
 
 def _word(value: Any) -> str:

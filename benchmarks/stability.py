@@ -41,13 +41,15 @@ RECIPES = {
 SHAPES = {"w48 d4": (48, 4), "w96 d4": (96, 4), "w48 d12": (48, 12), "w192 d4": (192, 4)}
 for _name, (_width, _depth) in SHAPES.items():
     SIZES[_name] = Size(_width, _depth, _width // 24)
+SEEDS, EDGE = (1, 2, 3), (3e-3, 1e-2)
+"""Further seeds where the widest model's edge is: one seed of each cell says little of a factor of three."""
 SPIKE = 1.5
 """A loss above so many times the median of the twenty before it."""
 
 
 def grid() -> Iterator[dict[str, Any]]:
     """All runs, the most telling ones first."""
-    base = {"shape": "w48 d4", "qk_norm": False, "precision": "fp32"}
+    base = {"seed": 0, "shape": "w48 d4", "qk_norm": False, "precision": "fp32"}
     changes: list[dict[str, Any]] = [
         {},
         {"qk_norm": True},
@@ -59,11 +61,14 @@ def grid() -> Iterator[dict[str, Any]]:
     ]
     for change, name, rate in itertools.product(changes, RECIPES, RATES):
         yield {**base, **change, "recipe": name, "learning_rate": rate}
+    for seed, name, rate in itertools.product(SEEDS, RECIPES, EDGE):
+        yield {**base, "seed": seed, "shape": "w192 d4", "recipe": name, "learning_rate": rate}
 
 
 def make(run: dict[str, Any]) -> ResolvedConfig:
     """A run's tree: digits, 16 tokens."""
     settings = {
+        "seed": run["seed"],
         "model.size": f"{run['shape']}/2",
         "model.qk_norm": run["qk_norm"],
         "training.precision": run["precision"],
@@ -88,7 +93,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
     losses, norms = [], []
     gradients: list[list[float]] = []
     for step, batch in enumerate(
-        training_batches(split, seed=0, batch_size=BATCH, first=0, last=STEPS)
+        training_batches(split, seed=run["seed"], batch_size=BATCH, first=0, last=STEPS)
     ):
         loss = take_step.forward(step, batch)
         accelerator.backward(loss.total)
@@ -158,8 +163,8 @@ def final(run: dict[str, Any]) -> float | None:
 
 def diverged(run: dict[str, Any]) -> bool:
     """Whether a run has not learnt: its end is not clearly below the untrained model's zero velocity."""
-    end = final(run)
-    return end is None or run["skipped"] > 0 or end >= 0.9 * statistics.fmean(run["losses"][:3])
+    end = final(run)  # the first loss is that of the untrained model, whose velocity is zero
+    return end is None or run["skipped"] > 0 or end >= 0.9 * run["losses"][0]
 
 
 def tables(runs: list[dict[str, Any]]) -> str:
@@ -167,6 +172,7 @@ def tables(runs: list[dict[str, Any]]) -> str:
     lines: list[str] = []
 
     def of(**wanted: Any) -> list[dict[str, Any]]:
+        wanted = {"seed": 0, **wanted}
         return [run for run in runs if all(run[key] == value for key, value in wanted.items())]
 
     settings = sorted(
@@ -180,7 +186,7 @@ def tables(runs: list[dict[str, Any]]) -> str:
     ]
     for shape, qk_norm, precision in settings:
         for name, what in RECIPES.items():
-            cells, edge = [], None
+            cells, edge, holds = [], None, True
             for rate in RATES:
                 found = of(
                     shape=shape,
@@ -198,7 +204,8 @@ def tables(runs: list[dict[str, Any]]) -> str:
                 cells.append(
                     f"**{text}**" if diverged(run) else text + (f" ({count})" * (count > 0))
                 )
-                edge = edge if diverged(run) else rate
+                holds = holds and not diverged(run)
+                edge = rate if holds else edge
             model = f"{shape}{', qk-norm' * qk_norm}{', bf16' * (precision == 'bf16')}"
             lines.append(
                 f"| {model} | {what} | {' | '.join(cells)} | {'none' if edge is None else f'{edge:g}'} |"
@@ -221,6 +228,21 @@ def tables(runs: list[dict[str, Any]]) -> str:
                     shown = [run["gradient_norms_of_blocks"], *groups]
                     cells = [_listed(values) for values in shown] + [""] * (3 - len(shown))
                     lines.append(f"| {shape} | {what} | {rate:g} | {' | '.join(cells)} |")
+    seeds = (0, *SEEDS)
+    lines += [
+        "",
+        f"| w192 d4: timesteps, attention | rate | {' | '.join(f'seed {seed}' for seed in seeds)} |",
+        "| --- | --- | " + "--- | " * len(seeds),
+    ]
+    for rate, (name, what) in itertools.product(EDGE, RECIPES.items()):
+        cells = []
+        for seed in seeds:
+            cell = {"shape": "w192 d4", "qk_norm": False, "precision": "fp32", "recipe": name}
+            (run,) = of(seed=seed, learning_rate=rate, **cell)
+            end = final(run)
+            text = "–" if end is None else f"{end:.3f}"
+            cells.append(f"**{text}**" if diverged(run) else text)
+        lines.append(f"| {what} | {rate:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
 """The device, the processes and the arithmetic of a run."""
 
+import warnings
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -11,6 +12,13 @@ from selfalign.processes import open_accelerator
 from selfalign.sections import TrainingConfig
 from selfalign.training.sharding import check_sharding
 
+_OF_DDP = (
+    # The newer name is no setting of accelerate's yet, and does less.
+    "`broadcast_buffers` is deprecated",
+    # Of the patches' weights, a few thousand numbers, whose gradient comes channel by channel.
+    "Grad strides do not match bucket view strides",
+)
+"""Warnings of torch's data-parallel module that tell a user nothing, by their beginnings."""
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -26,6 +34,8 @@ def make_accelerator(training: TrainingConfig, folder: Path) -> Accelerator:
             raise UserError(
                 f"training.trackers {name} needs the package {name}: pip install {name}"
             )
+    for message in _OF_DDP:
+        warnings.filterwarnings("ignore", message)
     refusal = (
         f"training.precision is {training.precision!r}: not on this device; fp32 runs everywhere"
     )

@@ -82,6 +82,7 @@ def test_what_is_not_shared_is_done_by_the_first_process_alone(
 def test_two_processes_train_one_run(tmp_path: Path) -> None:
     done = _train_in_two_processes(tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Warning" not in done.stderr, done.stderr
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [2, 4, 4]  # two of training, one of held-out losses
     checkpoint = latest_checkpoint(tmp_path / "run" / "checkpoints")

@@ -57,7 +57,7 @@ def read_safetensors(
 
 
 def require_plain(tensors: Weights, path: Path) -> None:
-    """Refuse tensors of a file that are not plain numbers: sparse, quantized, complex, without values.
+    """Refuse tensors of a file that are not plain numbers: sparse, nested, quantized, complex, without values.
 
     Raises:
         UserError: the message names file, tensors and dtypes.
@@ -67,6 +67,7 @@ def require_plain(tensors: Weights, path: Path) -> None:
         for name, value in tensors.items()
         if value.dtype not in PLAIN
         or value.layout != torch.strided
+        or value.is_nested
         or value.is_meta
         or value.nbytes > value.untyped_storage().nbytes()  # one number, said to be many
     ]

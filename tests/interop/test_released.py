@@ -457,6 +457,7 @@ def test_tensors_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     for tensor, problem in (
         (torch.zeros(1).expand(10**12), "is no plain tensor"),  # 4 TB, if anybody copied it
         (torch.eye(3).to_sparse(), "is no plain tensor"),
+        (torch.nested.nested_tensor([torch.zeros(2)]), "is no plain tensor"),
         (torch.zeros(2, dtype=torch.complex64), "is no plain tensor"),
         (torch.zeros(2).to(torch.float8_e4m3fn), r"x .float8_e4m3fn. is no plain tensor"),
         (torch.zeros(2, device="meta"), "is no plain tensor"),

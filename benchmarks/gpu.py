@@ -4,8 +4,9 @@
 
 Needs torch (2.11 or later), numpy, accelerate, safetensors and jaxtyping alone. Every part runs in a
 process of its own under a time limit of its own: what fails, or is not finished, is reported with what
-it had found until then. Writes gpu.json and gpu.md. `--device cpu --dry` takes the same ways with tiny
-shapes, so that the script works on the day it is needed.
+it had found until then. Writes gpu.json and gpu.md; run again with the same folder it goes on with what
+was not finished. `--device cpu --dry` takes the same ways with tiny shapes, so that the script works on
+the day it is needed.
 """
 
 import argparse

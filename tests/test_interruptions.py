@@ -18,8 +18,9 @@ import pytest
 from conftest import SMALL
 
 from selfalign import processes, recipe
-from selfalign.cli import main
+from selfalign.cli import COMMANDS, main
 from selfalign.cli.console import console
+from selfalign.cli.interruption import GO_ON
 from selfalign.data.latents import prepare as preparing
 from selfalign.disk import LOCK
 from selfalign.errors import Interrupted
@@ -119,6 +120,10 @@ def test_a_second_signal_while_the_program_ends_keeps_its_exit_code(number: int)
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, text=True)
     assert (done.returncode, done.stderr) == (128 + number, "selfalign: interrupted\n")
+
+
+def test_every_command_but_those_that_answer_at_once_says_how_to_go_on() -> None:
+    assert GO_ON.keys() == COMMANDS.keys() - {"diff", "recipes", "completion"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -25,6 +25,7 @@ GO_ON = {
     "export": "nothing was written; the same command writes the same files",
     "inspect": "numbers of finished analyses are kept; the same command makes the rest and the page",
     "report": "nothing was written; the same command makes the same page",
+    "bench": "nothing was written; the same command measures anew",
     "study": "its runs stop at checkpoints; the same command goes on",
 }
 """What a command that was interrupted leaves, and how to go on."""

@@ -92,7 +92,7 @@ def train(place: Path, run: Path) -> Work:
     return Work(
         words,
         lambda: metrics.is_file() and metrics.read_text().count("\n") > 4,
-        "Go on with: selfalign train --resume",
+        "selfalign train --resume",
         go_on,
         shared=True,
     )
@@ -236,8 +236,9 @@ KILLED: tuple[int | None, ...] = (None,)
 EVENTS: dict[str, tuple[Callable[[int, int], None], tuple[int | None, ...]]] = {
     "SIGTERM": (terminate, (143,)),
     "Ctrl-C": (interrupt, (130,)),
-    # torchrun dies of the second one, perhaps before it has passed the first one on.
-    "Ctrl-C twice": (interrupt_twice, (130, 143)),
+    # torchrun dies of the second one, perhaps before it has passed the first one on, and kills what has not
+    # ended by then, be it between its last words and its end.
+    "Ctrl-C twice": (interrupt_twice, (130, 143, None)),
     "launcher killed": (kill_launcher, (143,)),
     "first process killed": (kill_first, KILLED),
 }

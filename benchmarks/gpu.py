@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import gc
 import io
+import itertools
 import json
 import math
 import os
@@ -25,7 +26,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
@@ -300,8 +301,8 @@ def largest_batch(bench: Bench, make: Callable[[int], Callable[[], float]]) -> i
     return batch
 
 
-def measure_rates(bench: Bench) -> Rates:
-    """Products in bf16 and copies, as fast as this device makes them."""
+def device_rates(bench: Bench) -> Rates:
+    """Large products in bf16 and large copies, as fast as this device makes them."""
     numbers = torch.randn((2**20 if bench.dry else BANDWIDTH_BYTES) // 4, device=bench.device)
     other = torch.empty_like(numbers)
     copy = min(seconds_of(lambda: other.copy_(numbers), bench.device) for _ in range(5))
@@ -310,40 +311,49 @@ def measure_rates(bench: Bench) -> Rates:
     return Rates(peak, peak, bandwidth, bandwidth)
 
 
+class Case(NamedTuple):
+    """A step that is measured; the beginning of its row."""
+
+    size: str
+    tokens: int
+    recipe: str
+    mode: str
+
+    def config(self, bench: Bench, batch: int) -> ResolvedConfig:
+        """Its tree."""
+        compiled = {"training.compile": self.mode == "compiled"}
+        return bench.config(self.recipe, self.size, 2 * math.isqrt(self.tokens), batch, **compiled)
+
+
 def steps(bench: Bench) -> dict[str, Any]:
     """Seconds per step, share of the bf16 peak, memory and the estimate, by size, recipe and mode."""
-    rates = measure_rates(bench)
-    found: dict[str, Any] = {"copy_gb_per_second": rates.memory / 1e9}
+    rates = device_rates(bench)
     bench.free_memory()
     rows = [row for row in bench.before.get("rows", ()) if "failed" not in row]
-    measured = {(row["size"], row["tokens"], row["recipe"], row["mode"]) for row in rows}
-    batches = {
-        (row["size"], row["tokens"], row["recipe"]): row["batch"]
-        for row in rows
-        if row["mode"] == "eager"
-    }
-    found["rows"] = rows
-    for size, side, name, mode in _step_cases(bench):
-        tokens = (side // 2) ** 2
-        if (size, tokens, name, mode) in measured:
+    found = {"copy_gb_per_second": rates.memory / 1e9, "rows": rows}
+    batches = {Case(*(row[name] for name in Case._fields)): row["batch"] for row in rows}
+    for case in _step_cases(bench):
+        if case in batches:
             continue
         try:
-            row = _measure(bench, rates, batches, size, side, name, mode)
+            row = _measure(bench, rates, case, batches.get(case._replace(mode="eager")))
+            batches[case] = row["batch"]
         except Exception as error:  # noqa: BLE001 - one case that fails says nothing of the others
             line = (str(error).splitlines() or [""])[0]
             row = {"failed": f"{type(error).__name__}: {line}"}
-        found["rows"].append({"size": size, "tokens": tokens, "recipe": name, "mode": mode, **row})
+        rows.append({**case._asdict(), **row})
         bench.free_memory()
         bench.save(found)
     return found
 
 
-def _step_cases(bench: Bench) -> Iterator[tuple[str, int, str, str]]:
+def _step_cases(bench: Bench) -> Iterator[Case]:
     """The most telling first: the time may not suffice for all."""
-    few, many = bench.sides
+    few, many = ((side // 2) ** 2 for side in bench.sides)
     largest, *smaller = bench.sizes
     plain, fast = MODES[0], MODES[-1]
-    cases = [(largest, side, "sra-dts-as", mode) for side in bench.sides for mode in MODES]
+    for tokens, mode in itertools.product((few, many), MODES):
+        yield Case(largest, tokens, "sra-dts-as", mode)
     # The same with attention across groups; the other two recipes.
     others = (
         (many, "sra-dts"),
@@ -352,35 +362,25 @@ def _step_cases(bench: Bench) -> Iterator[tuple[str, int, str, str]]:
         (many, "self-flow"),
         (many, "sit"),
     )
-    cases += [(largest, side, name, mode) for side, name in others for mode in (plain, fast)]
-    for mode in MODES:
-        for side in bench.sides:
-            cases += [(size, side, "sra-dts-as", mode) for size in smaller]
-    for name in ("self-flow", "sit"):
-        for mode in (plain, fast):
-            cases += [(size, side, name, mode) for side in bench.sides for size in smaller]
-    yield from cases
+    for (tokens, name), mode in itertools.product(others, (plain, fast)):
+        yield Case(largest, tokens, name, mode)
+    for mode, tokens, size in itertools.product(MODES, (few, many), smaller):
+        yield Case(size, tokens, "sra-dts-as", mode)
+    rest = itertools.product(("self-flow", "sit"), (plain, fast), (few, many), smaller)
+    for name, mode, tokens, size in rest:
+        yield Case(size, tokens, name, mode)
 
 
-def _measure(
-    bench: Bench,
-    rates: Rates,
-    batches: dict[tuple[str, int, str], int],
-    size: str,
-    side: int,
-    name: str,
-    mode: str,
-) -> dict[str, Any]:
-    if mode == "against the reference":
-        return _against_reference(bench, size, side, name)
-    if mode not in MODES:
-        raise ValueError(f"mode {mode!r}: allowed are {', '.join(MODES)}")
-    make = lambda batch: StepBenchmark(bench.config(name, size, side, batch))  # noqa: E731
-    key = (size, (side // 2) ** 2, name)
-    if key not in batches:
-        batches[key] = largest_batch(bench, make)
-    batch = batches[key]
-    config = bench.config(name, size, side, batch, **{"training.compile": mode == "compiled"})
+def _measure(bench: Bench, rates: Rates, case: Case, batch: int | None) -> dict[str, Any]:
+    """A row. The batch is that of the same step run eagerly, where it has been found."""
+    if case.mode == "against the reference":
+        return _against_reference(bench, case)
+    if case.mode not in MODES:
+        raise ValueError(f"mode {case.mode!r}: allowed are {', '.join(MODES)}")
+    if batch is None:
+        eager = case._replace(mode="eager")
+        batch = largest_batch(bench, lambda batch: StepBenchmark(eager.config(bench, batch)))
+    config = case.config(bench, batch)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     step = StepBenchmark(config)
@@ -403,9 +403,9 @@ def _measure(
     }
 
 
-def _against_reference(bench: Bench, size: str, side: int, name: str) -> dict[str, Any]:
+def _against_reference(bench: Bench, case: Case) -> dict[str, Any]:
     def both(batch: int) -> tuple[StepBenchmark, ReferenceStep]:
-        config = bench.config(name, size, side, batch)
+        config = case.config(bench, batch)
         product = StepBenchmark(config)
         return product, ReferenceStep(config, product)
 

@@ -198,12 +198,9 @@ def tables(runs: list[dict[str, Any]]) -> str:
                 if not found:
                     cells.append("")
                     continue
-                run, end = found[0], final(found[0])
+                run = found[0]
                 count = spikes(run["losses"])
-                text = "–" if end is None else f"{end:.3f}" if end < 100 else f"{end:.1e}"
-                cells.append(
-                    f"**{text}**" if diverged(run) else text + (f" ({count})" * (count > 0))
-                )
+                cells.append(_end(run) + f" ({count})" * (count > 0 and not diverged(run)))
                 holds = holds and not diverged(run)
                 edge = rate if holds else edge
             model = f"{shape}{', qk-norm' * qk_norm}{', bf16' * (precision == 'bf16')}"
@@ -238,12 +235,17 @@ def tables(runs: list[dict[str, Any]]) -> str:
         cells = []
         for seed in seeds:
             cell = {"shape": "w192 d4", "qk_norm": False, "precision": "fp32", "recipe": name}
-            (run,) = of(seed=seed, learning_rate=rate, **cell)
-            end = final(run)
-            text = "–" if end is None else f"{end:.3f}"
-            cells.append(f"**{text}**" if diverged(run) else text)
+            found = of(seed=seed, learning_rate=rate, **cell)
+            cells.append(_end(found[0]) if found else "")
         lines.append(f"| {what} | {rate:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _end(run: dict[str, Any]) -> str:
+    """A run's last loss; bold where it has not learnt."""
+    end = final(run)
+    text = "–" if end is None else f"{end:.3f}" if end < 100 else f"{end:.1e}"
+    return f"**{text}**" if diverged(run) else text
 
 
 def _listed(values: Any) -> str:

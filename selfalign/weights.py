@@ -57,7 +57,7 @@ def read_safetensors(
 
 
 def require_plain(tensors: Weights, path: Path) -> None:
-    """Refuse tensors of a file that are not plain numbers: sparse, nested, quantized, complex or empty ones.
+    """Refuse tensors of a file that are not plain numbers: sparse, nested, quantized, complex, of no values.
 
     Raises:
         UserError: the message names file, tensors and dtypes.

@@ -182,7 +182,7 @@ def training_batches(
             for message in said:
                 warnings.warn(message, stacklevel=2)
             yield Batch(images, labels, held)
-    finally:  # not when the loader's iterator is collected, which some versions of Python do later
+    finally:  # and not when the loader's iterator goes, which Python 3.12.3 puts off (cpython#118272)
         threads.shutdown(cancel_futures=True)
 
 

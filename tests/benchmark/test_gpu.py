@@ -74,8 +74,10 @@ def test_sampling_and_profile(tmp_path: Path) -> None:
 
 
 def test_steps_are_measured_against_the_reference(tmp_path: Path, monkeypatch: Any) -> None:
-    cases = [("tiny/2", 8, "sra-dts-as", mode) for mode in ("eager", "against the reference", "?")]
-    monkeypatch.setattr(gpu, "_step_cases", lambda bench: [*cases, ("huge", 8, "sit", "eager")])
+    modes = ("eager", "against the reference", "?")
+    cases = [gpu.Case("tiny/2", 16, "sra-dts-as", mode) for mode in modes]
+    cases.append(gpu.Case("huge", 16, "sit", "eager"))
+    monkeypatch.setattr(gpu, "_step_cases", lambda bench: cases)
     rows = found("steps", tmp_path)["rows"]
     assert rows[0]["batch"] == 4 and 0 < rows[0]["share_of_peak"] < 1
     assert rows[0]["estimate_over_measured"] > 0
@@ -114,7 +116,7 @@ def test_steps_that_were_taken_are_not_taken_again(
 ) -> None:
     modes = gpu.MODES[::2]
     monkeypatch.setattr(
-        gpu, "_step_cases", lambda bench: [("tiny/2", 8, "sit", mode) for mode in modes]
+        gpu, "_step_cases", lambda bench: [gpu.Case("tiny/2", 16, "sit", mode) for mode in modes]
     )
     monkeypatch.setattr(gpu, "_measure", lambda *case: {"batch": 3})
     (tmp_path / "part.json").write_text(json.dumps({"rows": [ROW, FAILED]}))

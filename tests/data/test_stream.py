@@ -1,5 +1,6 @@
 """The stream of batches: a function of (seed, step), whoever reads it and wherever it starts."""
 
+import contextlib
 import gc
 import itertools
 import multiprocessing
@@ -23,8 +24,9 @@ from selfalign.signals import stop_signals
 
 def pairs(*arguments, **settings):
     """The batches' images and labels."""
-    for batch in training_batches(*arguments, **settings):
-        yield batch.images, batch.labels
+    with contextlib.closing(training_batches(*arguments, **settings)) as batches:
+        for batch in batches:
+            yield batch.images, batch.labels
 
 
 class ThreadedSplit(MemorySplit):

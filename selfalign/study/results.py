@@ -1,8 +1,9 @@
 """What the runs of a study measured, as its statistics and its report read it."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,6 +84,12 @@ METRICS: dict[str, Metric] = {
         "generalisation gap",
         "lower",
         "held-out minus training denoising loss, both measured the same way with the EMA weights",
+    ),
+    "heldout_best": Metric(
+        "held-out loss, best on the way",
+        "lower",
+        "the least held-out loss that was measured while training went on, on fewer pairs: what stopping in "
+        "time would have kept",
     ),
     "heldout_raw": Metric(
         "held-out loss, raw weights", "lower", "as the held-out loss, without the moving average"
@@ -180,6 +187,9 @@ def read_result(folder: Path) -> RunResult | None:
         require_measurable((value for _, value in curve), name, path)
     for name in ("heldout_by_timestep", "reliance_by_timestep"):
         require_measurable(getattr(result, name), name, path)
+    if losses := [loss for _, loss in result.curves.get("heldout_loss", ())]:
+        least = min(losses, key=lambda loss: math.inf if math.isnan(loss) else loss)
+        result = replace(result, metrics={**result.metrics, "heldout_best": least})
     return result
 
 

@@ -22,6 +22,7 @@ from selfalign.study.verdicts import (
 )
 
 GAP = "generalisation_gap"
+BEST = "heldout_best"
 SEPARATED_LOSS = "heldout_separated"
 
 Reading = Callable[[RunResult], float | None]
@@ -134,8 +135,8 @@ class Analysis:
     """Every effect on every metric, at the largest train fraction."""
     by_timestep: Mapping[str, tuple[EffectEstimate, ...]]
     """An effect's differences of the held-out loss in equal bins of t, by its title."""
-    curves: Mapping[str, Mapping[str, Curve]]
-    """By metric and variant."""
+    curves: Mapping[float, Mapping[str, Mapping[str, Curve]]]
+    """By train fraction, the largest first, metric and variant."""
     costs: tuple[QualityCost, ...]
     """Empty under a learning rate that falls: what is on the way there has not come down yet."""
     efficiency: Mapping[str, Mapping[str, Mapping[float, Estimate]]]
@@ -171,12 +172,11 @@ class Analysis:
                 title: [estimate.difference for estimate in bins]
                 for title, bins in self.by_timestep.items()
             },
-            "curves": {
-                metric: {
-                    variant: [{"step": step, **mean.as_json()} for step, mean in curve]
-                    for variant, curve in curves.items()
-                }
-                for metric, curves in self.curves.items()
+            "curves": _curves_as_json(next(iter(self.curves.values()))),
+            "curves_by_train_fraction": {
+                f"{fraction:g}": _curves_as_json(curves)
+                for fraction, curves in self.curves.items()
+                if len(self.curves) > 1
             },
             "compute_to_quality": self.costs,
             "sample_efficiency": {
@@ -196,6 +196,16 @@ class Analysis:
         }
 
 
+def _curves_as_json(curves: Mapping[str, Mapping[str, Curve]]) -> dict[str, Any]:
+    return {
+        metric: {
+            variant: [{"step": step, **mean.as_json()} for step, mean in curve]
+            for variant, curve in of_metric.items()
+        }
+        for metric, of_metric in curves.items()
+    }
+
+
 def _by_share(points: Mapping[float, Any]) -> dict[str, Any]:
     return {f"{fraction:g}": estimate for fraction, estimate in points.items()}
 
@@ -209,8 +219,10 @@ def analyse(results: StudyResults) -> Analysis:
     distance = next((name for name in DISTANCES if name in metrics), "")
     headline = tuple(name for name in (HELDOUT_LOSS, distance) if name in metrics)
     registration = study.registration or register(grid, distance or DISTANCES[0], len(study.seeds))
-    curve_metrics = [name for name in METRICS if any(run.curves.get(name) for run in full)]
-    swept = (*headline, GAP) if len(study.train_fractions) > 1 else ()
+    curve_metrics = [name for name in METRICS if any(run.curves.get(name) for run in runs)]
+    swept: tuple[str, ...] = ()
+    if len(study.train_fractions) > 1:
+        swept = (*headline, *(name for name in (BEST, GAP) if name in metrics))
 
     def layout(name: str, some: Sequence[RunResult] = full) -> Layout:
         return Layout(lay_out(some, metric_reading(name)).values, results.pair_errors(some, name))
@@ -256,12 +268,15 @@ def analyse(results: StudyResults) -> Analysis:
             if (bins := _by_timestep(full, effect, grid.pool(effect)))
         },
         curves={
-            name: {
-                variant: curve
-                for variant in grid.variants
-                if (curve := mean_curve(full, variant, name))
+            fraction: {
+                name: {
+                    variant: curve
+                    for variant in grid.variants
+                    if (curve := mean_curve(_of(runs, fraction), variant, name))
+                }
+                for name in curve_metrics
             }
-            for name in curve_metrics
+            for fraction in sorted(study.train_fractions, reverse=True)
         },
         costs=tuple(
             cost

@@ -4,7 +4,8 @@ All questions are asked of a gain: a difference turned so that more is better. E
 hypothesis, so that more data can turn any undecided claim either way:
 
 - gain: the gain is above 0 (two-sided);
-- small: the gain is below the margin (non-inferiority), the end of a 90 % interval;
+- small: the gain is below the margin (non-inferiority), the end of a 90 % interval; below 0 where the
+  margin is not above it;
 - equal: the gain lies within the margin on both sides (two one-sided tests);
 - differs: the gain is not 0 (two-sided).
 """
@@ -97,7 +98,7 @@ class EffectEstimate:
     reference: float = 0.0
     """Mean of the variants without: what the difference is relative to."""
     margin: float | None = None
-    """As a gain in the metric's units; None where none was laid down."""
+    """As a gain in the metric's units, 0 where it is below; None where none was laid down."""
     p_values: Mapping[Hypothesis, float] | None = None
     """None without a standard error."""
     adjusted: Mapping[Hypothesis, float] | None = None
@@ -195,10 +196,12 @@ def estimate_effect(
         side: _p(layout, (turn * sign, effect.weights)) for side, turn in (("up", 1), ("down", -1))
     }
     small = equal = 1.0
-    # Half of an effect that is no gain is no margin.
-    if margin and of_margin is not None and of_margin.mean > 0:
-        small = _p(layout, (-sign, effect.weights), (1, margin))
-        equal = max(small, _p(layout, (sign, effect.weights), (1, margin)))
+    if margin and of_margin is not None:
+        if of_margin.mean > 0:
+            small = _p(layout, (-sign, effect.weights), (1, margin))
+            equal = max(small, _p(layout, (sign, effect.weights), (1, margin)))
+        else:  # half of no gain, or a share of a distance below 0: what is below 0 is below any margin
+            small = _p(layout, (-sign, effect.weights))
     return replace(
         known,
         p_values={

@@ -83,6 +83,7 @@ def test_every_run_is_measured(finished: Path) -> None:
         assert [step for step, _ in run.curves["heldout_loss"]] == [3, 6]
         assert [step for step, _ in run.curves["fd_classifier"]] == [3, 6]
         assert run.curves["heldout_loss"][-1][1] == run.metrics["heldout_loss"]
+        assert run.metrics["heldout_best"] == min(loss for _, loss in run.curves["heldout_loss"])
         gap = run.metrics["heldout_loss"] - run.metrics["training_loss"]
         assert run.metrics["generalisation_gap"] == pytest.approx(gap)
         assert len(run.heldout_by_timestep) == 10

@@ -54,6 +54,19 @@ def page(browser, report: Path) -> Iterator[object]:
         yield page
 
 
+def test_learning_curves_are_of_every_share_of_the_data(report: Path) -> None:
+    """With less data a model may get worse again, which only its curve shows."""
+    numbers = json.loads((report.parent / "report.json").read_text())
+    by_share = numbers["curves_by_train_fraction"]
+    assert list(by_share) == ["1", "0.25"] and by_share["1"] == numbers["curves"]
+    points = by_share["0.25"]["heldout_loss"]["sra"]
+    assert [point["step"] for point in points] == [100, 200, 300, 400]
+    best = numbers["sample_efficiency"]["heldout_best"]["sra"]
+    assert best["0.25"]["mean"] == pytest.approx(points[-1]["mean"])
+    page = report.read_text()
+    assert ", 25 % of the images" in page and ", 100 % of the images" in page
+
+
 class TestInABrowser:
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     @pytest.mark.parametrize("width", WIDTHS)
@@ -158,7 +171,9 @@ class TestInABrowser:
     def test_paper_shows_what_a_screen_folds_away(self, page):
         page.emulate_media(media="print")
         try:
-            assert page.locator("[role=tabpanel]:visible").count() == len(GRID.effects) + 2
+            curves = 2 * len(GRID.tables)  # at two shares of the data
+            panels = page.locator("[role=tabpanel]:visible").count()
+            assert panels == len(GRID.effects) + curves
             assert not page.locator("[role=tablist]:visible").count()
         finally:
             page.emulate_media(media="screen")

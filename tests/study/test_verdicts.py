@@ -119,17 +119,33 @@ class TestMargins:
         assert found.margin == pytest.approx(0.005) and found.difference.mean == pytest.approx(0)
         assert found.p_values["small"] == 0
 
-    def test_half_of_a_loss_is_no_margin(self):
+    @pytest.mark.parametrize("dual", [0.4, 0.6])
+    def test_half_of_a_loss_counts_as_no_margin(self, dual):
+        """Only a shown loss is then below it, and nothing is equal."""
         did = self.EFFECTS[-1]
-        cells = {
-            (name, seed): loss + 0.001 * seed
-            for name, loss in {"sra": 0.5, "sra-as": 0.5, "sra-dts": 0.6, "sra-dts-as": 0.4}.items()
-            for seed in range(3)
-        }
+        means = {"sra": 0.5, "sra-as": 0.5, "sra-dts": 0.6, "sra-dts-as": 0.5 + dual - 0.4}
+        cells = {(n, seed): loss + 0.001 * seed for n, loss in means.items() for seed in range(3)}
         margin = margin_weights(did, LOSS, self.EFFECTS, register(TWO_BY_TWO, "fid", 3))
         found = estimate_effect(Layout(cells), did, LOSS, margin)
-        assert found.margin == pytest.approx(-0.05)
-        assert found.p_values["small"] == found.p_values["equal"] == 1
+        assert found.margin == pytest.approx(-0.05) and found.p_values["equal"] == 1
+        assert found.difference.mean == pytest.approx(0.1 if dual == 0.4 else -0.1)
+        assert found.p_values["small"] == pytest.approx(0 if dual == 0.4 else 1)
+
+    def test_a_distance_below_zero_has_no_margin_and_harm_refutes_a_gain(self):
+        """Extrapolated distances of good models scatter about 0."""
+        effect = self.EFFECTS[2]
+        registration = register(TWO_BY_TWO, "fd_infinity", 4)
+        scatter = (0.004, -0.004, 0.002, -0.002)
+        for loss, verdict in ((0.08, "refuted"), (0.0, "undecided"), (-0.08, "supported")):
+            cells = {
+                (name, seed): mean + off * (1 if name == "sra" else -1)
+                for name, mean in (("sra", -0.01), ("sra-as", loss - 0.01))
+                for seed, off in enumerate(scatter)
+            }
+            margin = margin_weights(effect, "fd_infinity", self.EFFECTS, registration)
+            found = estimate_effect(Layout(cells), effect, "fd_infinity", margin)
+            assert found.margin == pytest.approx(-0.0005)
+            assert adjust([found], registration)[0].verdict == verdict
 
     def test_registration_names_every_claim_and_its_power(self):
         registration = register(TWO_BY_TWO, "fd_classifier", 10)

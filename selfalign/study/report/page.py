@@ -243,18 +243,22 @@ def _curves(analysis: Analysis, study: Study, styles: Mapping[str, int]) -> list
     panels = []
     for title, members in groups.items():
         variants = [name for name in grid.variants if name in members or name == grid.baseline]
-        figures: list[Chart] = []
-        shown: dict[str, Series] = {}
-        for metric, curves in analysis.curves.items():
-            lines = [
-                Series(name, styles[name], curves[name]) for name in variants if name in curves
-            ]
-            if lines:
-                shown |= {line.name: line for line in lines}
-                label = METRICS[metric].title
-                figures.append(Chart(label, line_chart(lines, "step", label)))
-        if figures:
-            panels.append(CurvesPanel(title, list(shown.values()), figures))
+        for fraction, by_metric in analysis.curves.items():
+            figures: list[Chart] = []
+            shown: dict[str, Series] = {}
+            for metric, curves in by_metric.items():
+                lines = [
+                    Series(name, styles[name], curves[name]) for name in variants if name in curves
+                ]
+                if lines:
+                    shown |= {line.name: line for line in lines}
+                    label = METRICS[metric].title
+                    figures.append(Chart(label, line_chart(lines, "step", label)))
+            if figures:
+                of_data = (
+                    f", {100 * fraction:g} % of the images" if len(analysis.curves) > 1 else ""
+                )
+                panels.append(CurvesPanel(title + of_data, list(shown.values()), figures))
     return panels
 
 

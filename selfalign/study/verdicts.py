@@ -98,7 +98,7 @@ class EffectEstimate:
     reference: float = 0.0
     """Mean of the variants without: what the difference is relative to."""
     margin: float | None = None
-    """As a gain in the metric's units, 0 where it is below; None where none was laid down."""
+    """As a gain in the metric's units, counted as 0 where it is below; None where none was laid down."""
     p_values: Mapping[Hypothesis, float] | None = None
     """None without a standard error."""
     adjusted: Mapping[Hypothesis, float] | None = None

@@ -158,6 +158,7 @@ class TestInABrowser:
         )
         assert "ValueError: <b>no</b> & nothing" in text
         assert "whether it is worth more with 25 % of the training images" in text, "of the trends"
+        assert text.count("with 25 % of the training images, exploratory: held-out denoising") == 3
         assert "2 effects on 2 metrics, p-values adjusted by Holm" in text
         assert "All else on this page is exploratory" in text
         assert "another model, other data and another metric" in text

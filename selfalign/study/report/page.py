@@ -30,7 +30,7 @@ from selfalign.study.plan import Study
 from selfalign.study.profiles import PROFILES
 from selfalign.study.report import pictures, provenance
 from selfalign.study.results import METRICS, RUNS, StudyResults, read_results
-from selfalign.study.statistics import Analysis, analyse
+from selfalign.study.statistics import GAP, Analysis, Trend, analyse
 from selfalign.study.verdicts import EffectEstimate
 
 REPORT_FILE = "report.html"
@@ -44,6 +44,8 @@ class EffectPanel:
     effect: Effect
     estimates: Sequence[EffectEstimate]
     by_timestep: Chart | None
+    with_less: Mapping[float, Sequence[Trend]]
+    """What losses and distances say at each smaller share of the training images."""
 
     @property
     def title(self) -> str:
@@ -231,7 +233,12 @@ def _effects(analysis: Analysis, study: Study) -> list[EffectPanel]:
         )
         figure = Chart(title, timestep_chart(bars, title), caption) if bars else None
         estimates = [e for e in analysis.effects if e.effect == effect]
-        panels.append(EffectPanel(effect, estimates, figure))
+        trends = [t for t in analysis.trends if t.effect == effect and t.metric != GAP]
+        with_less = {
+            share: [trend for trend in trends if share in trend.by_fraction]
+            for share in sorted(study.train_fractions, reverse=True)[1:]
+        }
+        panels.append(EffectPanel(effect, estimates, figure, with_less))
     return panels
 
 

@@ -4,7 +4,7 @@
 
 prints what docs/theory.md predicts for the digits, sets it beside benchmarks/theory.json (which
 `python benchmarks/theory_runs.py` measures) and beside the report.json of studies, and draws
-docs/images/theory.png.
+docs/images/theory.png, with the costs of docs/results/patches.
 
 Images are Gaussian here: x0 ~ N(0, Σ) over N tokens of P numbers each, on the linear path of Eq. 1. Losses
 are per number, as everywhere in this package.
@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 Array = np.ndarray[Any, Any]
 HERE = Path(__file__).parent
 MEASURED = HERE / "theory.json"
+PATCHES = HERE.parent / "docs" / "results" / "patches"
 FIGURE = HERE.parent / "docs" / "images" / "theory.png"
 SHARES = (0.25, 0.75)
 """Token groups of the recipes."""
@@ -238,7 +239,14 @@ def _draw(predicted: dict[str, Any], measured: dict[str, Any]) -> None:
     for name, found in predicted.items():
         tokens = [(8 // int(patch)) ** 2 for patch in found["by_patch"]]
         middle.plot(tokens, list(found["by_patch"].values()), marker="o", label=name)
-    middle.set(xlabel="tokens", ylabel="C own", title="Digits, predicted", xscale="log")
+    costs = [row for row in _separations([PATCHES]) if "dts" not in row["whole"]]
+    tokens = [(8 // int(row["whole"].rpartition("patch")[2])) ** 2 for row in costs]
+    means = np.array([row["C_own"]["mean"] for row in costs])
+    ends = np.array([row["C_own"]["interval"] for row in costs])
+    middle.errorbar(
+        tokens, means, np.abs(ends - means[:, None]).T, fmt="ko", capsize=3, label="measured"
+    )
+    middle.set(xlabel="tokens", ylabel="C own", title="Digits", xscale="log")
     middle.set_xticks([4, 16, 64], ["4", "16", "64"])
     middle.minorticks_off()
     middle.set_ylim(0)

@@ -1,0 +1,20 @@
+"""The grid of groups of a video's tokens."""
+
+from pathlib import Path
+
+from selfalign.recipes import recipe
+from selfalign.study.grid_file import load_grid
+
+GRID = Path(__file__).parents[2] / "benchmarks" / "frames.yaml"
+
+
+def test_pairs_differ_in_one_thing():
+    """Groups by place or time are the settings of one field, and every variant is a recipe's."""
+    grid = load_grid(GRID)
+    assert len(grid.variants) == 10 and len(grid.effects) == 14
+    for name, variant in grid.variants.items():
+        config = recipe(variant.recipe, {"model.size": "tiny/4", **variant.settings})
+        expected = {"tubes": "tubes", "frames": "stripes"}.get(name.split("-")[0], "random")
+        assert config.views.partition == expected
+        assert (config.views.attention == "separated") == name.endswith("-as")
+    assert recipe("sra").partitions["stripes"].axis == 0, "frames of a video"

@@ -28,6 +28,8 @@ MAX_RATIO = 10
 """Of the bytes of a file of errors, packed by somebody else, to those that it has."""
 MAX_MESSAGE = 10**6
 """Bytes of the line that says why a run has no result."""
+BEST = "heldout_best"
+"""The metric that is told by a run's curve."""
 RUNS = "runs"
 """Folder of the runs, in the study's."""
 
@@ -85,7 +87,7 @@ METRICS: dict[str, Metric] = {
         "lower",
         "held-out minus training denoising loss, both measured the same way with the EMA weights",
     ),
-    "heldout_best": Metric(
+    BEST: Metric(
         "held-out loss, best on the way",
         "lower",
         "the least held-out loss that was measured while training went on, on fewer pairs: what stopping in "
@@ -187,9 +189,9 @@ def read_result(folder: Path) -> RunResult | None:
         require_measurable((value for _, value in curve), name, path)
     for name in ("heldout_by_timestep", "reliance_by_timestep"):
         require_measurable(getattr(result, name), name, path)
-    if losses := [loss for _, loss in result.curves.get("heldout_loss", ())]:
-        least = min(losses, key=lambda loss: math.inf if math.isnan(loss) else loss)
-        result = replace(result, metrics={**result.metrics, "heldout_best": least})
+    if points := result.curves.get("heldout_loss"):
+        least = min((loss for _, loss in points if not math.isnan(loss)), default=math.nan)
+        result = replace(result, metrics={**result.metrics, BEST: least})
     return result
 
 

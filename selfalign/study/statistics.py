@@ -10,7 +10,7 @@ from selfalign.study.estimates import Estimate, Layout, own_spread
 from selfalign.study.grid import Effect, choosing_seeds
 from selfalign.study.plan import Registration
 from selfalign.study.ratios import Ratio, SeparationCost, ratio, separation_cost
-from selfalign.study.results import DISTANCES, METRICS, RunResult, StudyResults
+from selfalign.study.results import BEST, DISTANCES, METRICS, RunResult, StudyResults
 from selfalign.study.verdicts import (
     HELDOUT_LOSS,
     EffectEstimate,
@@ -22,7 +22,6 @@ from selfalign.study.verdicts import (
 )
 
 GAP = "generalisation_gap"
-BEST = "heldout_best"
 SEPARATED_LOSS = "heldout_separated"
 
 Reading = Callable[[RunResult], float | None]
@@ -161,6 +160,7 @@ class Analysis:
 
     def as_json(self) -> dict[str, Any]:
         """What report.json holds of it; estimates say themselves what they hold."""
+        curves = {fraction: _curves_as_json(found) for fraction, found in self.curves.items()}
         return {
             "metrics": {name: METRICS[name].title for name in self.metrics},
             "headline_metrics": self.headline,
@@ -172,12 +172,8 @@ class Analysis:
                 title: [estimate.difference for estimate in bins]
                 for title, bins in self.by_timestep.items()
             },
-            "curves": _curves_as_json(next(iter(self.curves.values()))),
-            "curves_by_train_fraction": {
-                f"{fraction:g}": _curves_as_json(curves)
-                for fraction, curves in self.curves.items()
-                if len(self.curves) > 1
-            },
+            "curves": next(iter(curves.values())),
+            "curves_by_train_fraction": _by_share(curves) if len(curves) > 1 else {},
             "compute_to_quality": self.costs,
             "sample_efficiency": {
                 metric: {variant: _by_share(points) for variant, points in variants.items()}

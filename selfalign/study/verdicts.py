@@ -197,11 +197,10 @@ def estimate_effect(
     }
     small = equal = 1.0
     if margin and of_margin is not None:
-        if of_margin.mean > 0:
-            small = _p(layout, (-sign, effect.weights), (1, margin))
-            equal = max(small, _p(layout, (sign, effect.weights), (1, margin)))
-        else:  # half of no gain, or a share of a distance below 0: what is below 0 is below any margin
-            small = _p(layout, (-sign, effect.weights))
+        # Half of no gain, or a share of a distance below 0, counts as 0: only a loss is below it.
+        counted = margin if of_margin.mean > 0 else {}
+        small = _p(layout, (-sign, effect.weights), (1, counted))
+        equal = max(small, _p(layout, (sign, effect.weights), (1, counted)))
     return replace(
         known,
         p_values={

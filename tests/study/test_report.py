@@ -67,6 +67,15 @@ def test_learning_curves_are_of_every_share_of_the_data(report: Path) -> None:
     assert ", 25 % of the images" in page and ", 100 % of the images" in page
 
 
+def test_a_share_of_which_nothing_is_done_is_not_told(tmp_path: Path) -> None:
+    write_synthetic_study(tmp_path / "s", fractions=(0.25, 1.0))
+    for run in (tmp_path / "s" / "runs").glob("*_data0.25"):
+        shutil.rmtree(run)
+    page = write_report(tmp_path / "s").read_text()
+    assert "25 % of the training images, exploratory" not in page
+    assert "25 % of the images</" not in page.partition('id="curves"')[2].partition("</section>")[0]
+
+
 class TestInABrowser:
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     @pytest.mark.parametrize("width", WIDTHS)
@@ -158,7 +167,8 @@ class TestInABrowser:
         )
         assert "ValueError: <b>no</b> & nothing" in text
         assert "whether it is worth more with 25 % of the training images" in text, "of the trends"
-        assert text.count("with 25 % of the training images, exploratory: held-out denoising") == 3
+        told = text.count("with 25 % of the training images, exploratory: held-out denoising")
+        assert told == len(GRID.effects)
         assert "2 effects on 2 metrics, p-values adjusted by Holm" in text
         assert "All else on this page is exploratory" in text
         assert "another model, other data and another metric" in text

@@ -235,8 +235,9 @@ def _effects(analysis: Analysis, study: Study) -> list[EffectPanel]:
         estimates = [e for e in analysis.effects if e.effect == effect]
         trends = [t for t in analysis.trends if t.effect == effect and t.metric != GAP]
         with_less = {
-            share: [trend for trend in trends if share in trend.by_fraction]
+            share: found
             for share in sorted(study.train_fractions, reverse=True)[1:]
+            if (found := [trend for trend in trends if share in trend.by_fraction])
         }
         panels.append(EffectPanel(effect, estimates, figure, with_less))
     return panels

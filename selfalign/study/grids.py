@@ -39,6 +39,11 @@ def _renamed(effects: Sequence[Effect], suffix: str, title: str) -> list[Effect]
     ]
 
 
+def _separations(*suffixes: str) -> Pairs:
+    """The pairs whose cost of separation is told, of variants that are called by a further suffix."""
+    return tuple((a + suffix, b + suffix) for suffix in suffixes for a, b in SEPARATIONS)
+
+
 _INTERACTION = (EFFECTS[0], EFFECTS[-1])
 """The dual gain under full attention, and the difference of differences."""
 
@@ -80,6 +85,7 @@ def _stratified() -> Grid:
         (_table("Timesteps over a batch", "timesteps", rows),),
         effects,
         "sra",
+        _separations("", "_stratified"),
         shares=((own.title, dual.title),),
     )
 
@@ -107,6 +113,7 @@ def _learning_rates() -> Grid:
         (_table("Learning rates", "learning rate", rows),),
         tuple(effects),
         f"sra_lr{rates[2]:g}",
+        _separations(*(f"_lr{rate:g}" for rate in rates)),
         tuned=tuned,
         pools=tuple(tuple(f"{name}_lr{rate:g}" for name in CORNERS) for rate in rates),
     )
@@ -126,11 +133,7 @@ def _patches(name: str, patches: tuple[int, ...]) -> Grid:
         (_table("Patches", "model", rows),),
         tuple(effects),
         f"sra_patch{patches[0]}",
-        tuple(
-            (f"{first}_patch{patch}", f"{second}_patch{patch}")
-            for patch in patches
-            for first, second in SEPARATIONS
-        ),
+        _separations(*(f"_patch{patch}" for patch in patches)),
         pools=tuple(tuple(f"{name}_patch{patch}" for name in CORNERS) for patch in patches),
     )
 
@@ -146,7 +149,7 @@ def _no_alignment() -> Grid:
         (_table("Weight of the alignment loss", "λ", rows),),
         tuple(effects),
         "sra",
-        (*SEPARATIONS, *((f"{a}_lambda0", f"{b}_lambda0") for a, b in SEPARATIONS)),
+        _separations("", "_lambda0"),
     )
 
 

@@ -35,6 +35,19 @@ def test_every_run_can_be_trained_and_every_effect_has_its_pool(name: str, tmp_p
     assert read_study(tmp_path / "study").jobs() == study.jobs(), "what is written is what is read"
 
 
+@pytest.mark.parametrize(
+    "name", ["2x2", "stratified", "learning-rates", "no-alignment", "patches-4-2-1", "patches-4-2"]
+)
+def test_where_the_corners_are_varied_the_cost_of_separation_is_told_of_each(name: str) -> None:
+    """Of every separated variant against the one that differs from it in attention alone."""
+    grid, _ = GRIDS[name]
+    separated = {n for n, variant in grid.variants.items() if variant.recipe.endswith("-as")}
+    assert dict(grid.separations).keys() == separated and len(grid.separations) == len(separated)
+    for one, other in grid.separations:
+        assert grid.variants[other].recipe == grid.variants[one].recipe.removesuffix("-as")
+        assert grid.variants[other].settings == grid.variants[one].settings
+
+
 def test_the_stratified_corners_are_the_corners_with_another_schedule() -> None:
     grid, seeds = GRIDS["stratified"]
     assert seeds == 10

@@ -160,6 +160,37 @@ def test_a_run_of_unequal_lengths(tmp_path: Path, capsys):
     assert missing.sum(axis=1).tolist() == [7, 0, 7, 0]
     assert main([*arguments, "--out", str(tmp_path / "none"), "--lengths", "13"]) == 2
     assert "from 1 to 12" in capsys.readouterr().err
+    evaluated = ["evaluate", str(tmp_path / "run"), "--num", "20", "--metrics", "denoising"]
+    assert main([*evaluated, "--steps", "1"]) == 0
+    (file,) = (tmp_path / "run/evaluation").glob("*/samples.npz")
+    with np.load(file) as found:
+        there = (found["arr_0"] != 128).any(axis=(1, 3)).sum(axis=1)  # 128 is a byte's zero
+        classes = found["arr_1"]
+    trained = {
+        label: set((~read[source.train.labels == label, 0].isnan()).sum(dim=1).tolist())
+        for label in range(4)
+    }
+    assert all(n in trained[label] for n, label in zip(there, classes, strict=True))
+    assert len(set(there)) > 4
+    assert "of the class" in (file.parent / "sampling.json").read_text()
+    assert main([*evaluated, "--mask-ratio", "0.25"]) == 2
+    assert "allowed is 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("filling", [np.nan, np.inf, -1e4, 3.0], ids=str)
+def test_what_samples_are_filled_up_with_has_no_say(tmp_path: Path, filling):
+    generator = np.random.default_rng(0)
+    lengths = 3 + np.arange(40) % 10
+    whole = generator.normal(2, 1, size=(40, 2, 12)).astype(np.float32)
+    beyond = np.arange(12) >= lengths[:, None, None]
+    found = []
+    for number, value in enumerate((whole, np.where(beyond, np.float32(filling), whole))):
+        write(tmp_path / f"{number}.npz", samples=value, lengths=lengths)
+        config = recipe("sit", data_of(tmp_path / f"{number}.npz"))
+        found.append(open_data(config.data).train.read(range(36))[0])
+    assert torch.equal(found[0].nan_to_num(9), found[1].nan_to_num(9))
+    there = found[1][found[1].isfinite()]
+    assert there.min() == -1 and there.max() == 1
 
 
 @pytest.mark.parametrize(
@@ -169,6 +200,7 @@ def test_a_run_of_unequal_lengths(tmp_path: Path, capsys):
         ({"lengths": np.full(40, 13)}, ["from 1 to 12"]),
         ({"lengths": np.full(39, 3)}, ["a whole number for each"]),
         ({"samples": np.zeros((40, 1, 8, 8))}, ["signals and videos"]),
+        ({"samples": np.full((40, 2, 12), np.nan)}, ["sample 0", "not finite"]),
     ],
 )
 def test_refused(tmp_path: Path, change, words):

@@ -13,17 +13,27 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from jaxtyping import Int
+from torch import Tensor
 
 from selfalign.arrays import Array, Npz
 from selfalign.data.shapes import to_uint8
+from selfalign.data.source import DataSource, Split
 from selfalign.disk import locked, require_room, require_writable, write_arrays, write_whole
 from selfalign.errors import UserError
 from selfalign.evaluation.config import EvaluationConfig, Progress
 from selfalign.evaluation.inputs import ImageSet, open_images
 from selfalign.processes import together
 from selfalign.records import write_json
+from selfalign.randomness import make_generator
 from selfalign.runs.load import LoadedRun, sampling_record
-from selfalign.sampling.generate import LABEL_BYTES, Labels, check_sampling, generate
+from selfalign.sampling.generate import (
+    LABEL_BYTES,
+    Labels,
+    check_sampling,
+    generate,
+    sample_labels,
+)
 from selfalign.sampling.settings import SamplingConfig
 
 SHARD = 256
@@ -33,6 +43,8 @@ RUN_SAMPLES = 1000
 _FIELDS = 7
 """Sampling settings of version 0.1.0: later ones count in a folder's name where they are not the default,
 so that samples which were made before there were any are found again."""
+LIKE_DATA = "those of training samples of the class"
+"""How long samples are where the data's lengths are unequal."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,8 @@ class PlannedSamples:
     """C, H and W of an image."""
     folder: Path
     """Where they are kept."""
+    lengths: tuple[int, ...] | None = None
+    """Of each, where the data's are unequal."""
 
     @property
     def label_range(self) -> tuple[int, int] | None:
@@ -61,11 +75,17 @@ class PlannedSamples:
     @property
     def settings(self) -> dict[str, Any]:
         """Every setting that the samples depend on, as sampling.json holds it."""
-        return sampling_record(self.run, self.sampling, weights=self.weights, labels=self.labels)
+        told = {"weights": self.weights, "labels": self.labels}
+        if self.lengths is not None:
+            told |= {"lengths": LIKE_DATA}
+        return sampling_record(self.run, self.sampling, **told)
 
 
 def plan_samples(
-    run: LoadedRun, config: EvaluationConfig, sampling: SamplingConfig
+    run: LoadedRun,
+    config: EvaluationConfig,
+    sampling: SamplingConfig,
+    source: DataSource | None = None,
 ) -> PlannedSamples:
     """What a run is to be sampled to, refused before any work where it cannot be.
 
@@ -73,12 +93,17 @@ def plan_samples(
         run: the model.
         config: how many samples, of which weights and labels, and where to.
         sampling: solver, steps, guidance, seed.
+        source: the data, like whose the lengths of samples are where they are unequal.
 
     Raises:
         UserError: settings that the model does not allow, a folder that cannot be written into, a disk
             that is too small, or kept samples that are damaged.
     """
     check_sampling(run.model, sampling, run.config.views.class_dropout, config.labels)
+    if run.config.padded and sampling.mask_ratio:
+        raise UserError(
+            f"mask_ratio is {sampling.mask_ratio}: allowed is 0 for a model of samples of unequal lengths"
+        )
     shape = run.image_shape
     folder = samples_folder(run, config.weights, sampling, config.labels)
     num = config.num or RUN_SAMPLES
@@ -97,7 +122,33 @@ def plan_samples(
         # Shards and what they are joined to lie side by side for a moment.
         if missing > 0:
             require_room(folder, size * (num + missing), f"{num:,} samples")
-    return PlannedSamples(run, config.weights, sampling, config.labels, num, shape, folder)
+    lengths = None
+    if run.config.padded and source is not None:
+        labels = sample_labels(config.labels, run.model.num_classes, sampling.seed, range(num))
+        lengths = draw_lengths(source.train, labels, sampling.seed)
+    return PlannedSamples(run, config.weights, sampling, config.labels, num, shape, folder, lengths)
+
+
+def draw_lengths(train: Split, labels: Int[Tensor, "M"], seed: int) -> tuple[int, ...]:
+    """For samples 0, 1, … of these classes the lengths of drawn training samples of the same class.
+
+    Sample i's is a function of the data, its class, the seed and i. A class that was not trained on has
+    the lengths of all.
+    """
+    parts = []
+    for first in range(0, len(train), SHARD):
+        samples, _ = train.read(range(first, min(first + SHARD, len(train))))
+        # What lies beyond the end is NaN in every channel and pixel: one of each place tells.
+        places = samples[:, 0].reshape(len(samples), samples.shape[2], -1)[..., 0]
+        parts.append(places.isfinite().sum(dim=1))
+    lengths = torch.cat(parts)
+    by_class = {int(label): lengths[train.labels == label] for label in labels.unique()}
+    drawn = []
+    for i, label in enumerate(labels.tolist()):
+        own = by_class[label] if len(by_class[label]) else lengths
+        generator = make_generator(seed, "sample length", i)
+        drawn.append(int(own[torch.randint(len(own), (1,), generator=generator)]))
+    return tuple(drawn)
 
 
 def samples_folder(
@@ -115,6 +166,8 @@ def samples_folder(
     ]
     if labels != "random":
         settings.append(f"labels={labels!r}")
+    if run.config.padded:
+        settings.append(f"lengths={LIKE_DATA!r}")
     digest = hashlib.sha256(f"SamplingConfig({', '.join(settings)})".encode())
     for name, tensor in sorted(run.model.state_dict().items()):
         digest.update(name.encode())
@@ -206,6 +259,7 @@ def _write_shard(planned: PlannedSamples, part: range, file: Path, batch_size: i
         labels=planned.labels,
         first=part.start,
         separate=run.config.views.attention == "separated",
+        lengths=planned.lengths,
     )
     images, labels = [], []
     for batch in batches:

@@ -96,7 +96,7 @@ def open_setup(
         source = _open_data(data, accelerator)
     reference = _open_reference(config, data, source, accelerator)
     with together(accelerator):
-        samples = _open_samples(subject, config, sampling, run)
+        samples = _open_samples(subject, config, sampling, run, source)
     network = _open_network(config, data, source, accelerator)
     return Setup(
         subject,
@@ -180,10 +180,14 @@ def _open_reference(
 
 
 def _open_samples(
-    subject: Path, config: EvaluationConfig, sampling: SamplingConfig, run: LoadedRun | None
+    subject: Path,
+    config: EvaluationConfig,
+    sampling: SamplingConfig,
+    run: LoadedRun | None,
+    source: DataSource | None,
 ) -> ImageSet | PlannedSamples:
     if run is not None:
-        return plan_samples(run, config, sampling)
+        return plan_samples(run, config, sampling, source)
     images = open_images(subject, config.data.background or "white")
     return images.first(config.num or len(images))
 

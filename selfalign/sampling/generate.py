@@ -56,6 +56,17 @@ Labels = Literal["random", "balanced"] | Sequence[int]
 """Which classes samples have: drawn, balanced, or given ones, repeated in order."""
 
 
+def sample_labels(
+    labels: Labels | None, num_classes: int, seed: int, indices: Sequence[int]
+) -> Int[Tensor, "B"]:
+    """The class of each of the samples of these numbers; None draws them."""
+    if labels is None or labels == "random":
+        return random_labels(num_classes, seed, indices)
+    if labels == "balanced":
+        return balanced_labels(num_classes, indices)
+    return torch.tensor([labels[i % len(labels)] for i in indices])
+
+
 def check_sampling(
     model: Backbone, config: SamplingConfig, class_dropout: float, labels: Labels | None
 ) -> None:
@@ -134,12 +145,7 @@ def generate(
     shape = (model.channels, *model.image_size)
     for start in range(first, first + num, batch_size):
         indices = range(start, min(start + batch_size, first + num))
-        if labels is None or labels == "random":
-            chosen = random_labels(model.num_classes, config.seed, indices)
-        elif labels == "balanced":
-            chosen = balanced_labels(model.num_classes, indices)
-        else:
-            chosen = torch.tensor([labels[i % len(labels)] for i in indices])
+        chosen = sample_labels(labels, model.num_classes, config.seed, indices)
         # Drawn on the CPU, so that a sample is the same on every kind of device.
         generators = [make_generator(config.seed, "sample", i) for i in indices]
 

@@ -83,9 +83,12 @@ class Arrays(Source):
         names = sorted(set(words), key=_as_number)
         number = {name: label for label, name in enumerate(names)}
         labels = torch.tensor([number[word] for word in words] or [0] * len(samples))
+        beyond = self._beyond(samples, arrays, path) if self.lengths else None
+        if beyond is not None:  # whatever stands there, it has no say in how samples are scaled
+            samples = torch.where(beyond, samples[:, :, :1], samples)
         scaled = _scaled(samples, train, path)
-        if self.lengths:
-            scaled = self._cut(scaled, arrays, path)
+        if beyond is not None:
+            scaled = scaled.masked_fill(beyond, torch.nan)
         return in_memory(
             config, scaled[train], labels[train], scaled[heldout], labels[heldout], names
         )
@@ -140,8 +143,8 @@ class Arrays(Source):
             for word in found.tolist()
         ]
 
-    def _cut(self, samples: Tensor, arrays: Mapping[str, Array], path: Path) -> Tensor:
-        """Samples with NaN beyond their lengths."""
+    def _beyond(self, samples: Tensor, arrays: Mapping[str, Array], path: Path) -> Tensor:
+        """Where samples have ended, (M, 1, L) or (M, 1, T, 1, 1)."""
         import numpy as np
         import torch
 
@@ -155,7 +158,7 @@ class Arrays(Source):
             raise UserError(f"{name} of {path}: allowed are lengths from 1 to {longest}")
         places = torch.arange(longest).view(1, 1, -1, *[1] * (samples.ndim - 3))
         ends = torch.from_numpy(lengths.astype(np.int64)).view(-1, *[1] * (samples.ndim - 1))
-        return samples.masked_fill(places >= ends, torch.nan)
+        return places >= ends
 
 
 def _as_number(word: str) -> tuple[bool, int, str]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL
+from PIL import Image
 from support import draw_of, randomize, resolved, small_model
 
 from selfalign import UserError, recipe
@@ -175,6 +176,25 @@ def test_a_run_of_unequal_lengths(tmp_path: Path, capsys):
     assert "of the class" in (file.parent / "sampling.json").read_text()
     assert main([*evaluated, "--mask-ratio", "0.25"]) == 2
     assert "allowed is 0" in capsys.readouterr().err
+
+
+def test_videos_that_end_early_are_grey_beyond(tmp_path: Path):
+    generator = np.random.default_rng(0)
+    videos = generator.uniform(-1, 1, size=(12, 1, 4, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "a.npz", videos=videos, lengths=np.full(12, 2), labels=np.arange(12) % 2)
+    settings = {**SMALL, **data_of(tmp_path / "a.npz"), "model.size": "tiny/2"}
+    config = recipe("sra-dts-as", {**settings, "training.steps": 1, "training.sample_every": 1})
+    start_run(config, tmp_path / "run", lambda state, values: None)
+    with Image.open(tmp_path / "run/samples/step_00000001.gif") as moving:
+        seen = []
+        for number in range(moving.n_frames):
+            moving.seek(number)
+            seen.append(len(set(np.asarray(moving.convert("L")).flat)))
+    assert seen[0] > 9 > seen[-1]  # of the last frames all is grey, but for lines between
+    arguments = ["sample", str(tmp_path / "run"), "--num", "2", "--steps", "1", "--lengths", "2"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    with np.load(tmp_path / "out/samples.npz") as found:
+        assert (found["arr_0"][:, 2:] == 128).all() and (found["arr_0"][:, :2] != 128).any()
 
 
 @pytest.mark.parametrize("filling", [np.nan, np.inf, -1e4, 3.0], ids=str)

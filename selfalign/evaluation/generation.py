@@ -13,19 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from jaxtyping import Int
-from torch import Tensor
 
 from selfalign.arrays import Array, Npz
 from selfalign.data.shapes import to_uint8
-from selfalign.data.source import DataSource, Split
+from selfalign.data.source import DataSource
 from selfalign.disk import locked, require_room, require_writable, write_arrays, write_whole
 from selfalign.errors import UserError
 from selfalign.evaluation.config import EvaluationConfig, Progress
 from selfalign.evaluation.inputs import ImageSet, open_images
 from selfalign.processes import together
 from selfalign.records import write_json
-from selfalign.randomness import make_generator
 from selfalign.runs.load import LoadedRun, sampling_record
 from selfalign.sampling.generate import (
     LABEL_BYTES,
@@ -34,6 +31,7 @@ from selfalign.sampling.generate import (
     generate,
     sample_labels,
 )
+from selfalign.sampling.lengths import draw_lengths
 from selfalign.sampling.settings import SamplingConfig
 
 SHARD = 256
@@ -127,28 +125,6 @@ def plan_samples(
         labels = sample_labels(config.labels, run.model.num_classes, sampling.seed, range(num))
         lengths = draw_lengths(source.train, labels, sampling.seed)
     return PlannedSamples(run, config.weights, sampling, config.labels, num, shape, folder, lengths)
-
-
-def draw_lengths(train: Split, labels: Int[Tensor, "M"], seed: int) -> tuple[int, ...]:
-    """For samples 0, 1, … of these classes the lengths of drawn training samples of the same class.
-
-    Sample i's is a function of the data, its class, the seed and i. A class that was not trained on has
-    the lengths of all.
-    """
-    parts = []
-    for first in range(0, len(train), SHARD):
-        samples, _ = train.read(range(first, min(first + SHARD, len(train))))
-        # What lies beyond the end is NaN in every channel and pixel: one of each place tells.
-        places = samples[:, 0].reshape(len(samples), samples.shape[2], -1)[..., 0]
-        parts.append(places.isfinite().sum(dim=1))
-    lengths = torch.cat(parts)
-    by_class = {int(label): lengths[train.labels == label] for label in labels.unique()}
-    drawn = []
-    for i, label in enumerate(labels.tolist()):
-        own = by_class[label] if len(by_class[label]) else lengths
-        generator = make_generator(seed, "sample length", i)
-        drawn.append(int(own[torch.randint(len(own), (1,), generator=generator)]))
-    return tuple(drawn)
 
 
 def samples_folder(

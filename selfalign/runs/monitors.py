@@ -13,7 +13,8 @@ import torch
 from selfalign.config import ResolvedConfig
 from selfalign.data.source import DataSource
 from selfalign.network import Backbone
-from selfalign.sampling.generate import generate
+from selfalign.sampling.generate import generate, sample_labels
+from selfalign.sampling.lengths import draw_lengths
 from selfalign.sampling.settings import SamplingConfig
 from selfalign.sections import TrainingConfig
 from selfalign.training.heldout import heldout_loss
@@ -136,5 +137,11 @@ def _samples(
 ) -> torch.Tensor:
     """Decoded samples, always from the same noise."""
     sampling = SamplingConfig(solver="heun", steps=GRID_STEPS, guidance_scale=scale)
-    batches = generate(model, config.flow.path, sampling, count, batch_size=count, labels=labels)
+    lengths = None
+    if config.padded:
+        chosen = sample_labels(labels, model.num_classes, sampling.seed, range(count))
+        lengths = draw_lengths(source.train, chosen, sampling.seed)
+    batches = generate(
+        model, config.flow.path, sampling, count, batch_size=count, labels=labels, lengths=lengths
+    )
     return torch.cat([source.decode(batch.images) for batch in batches]).cpu()

@@ -81,6 +81,7 @@ def draw_moving(path: Path, videos: Float[Tensor, "M C T H W"], columns: int) ->
         columns: of the grid.
     """
     factor = max(1, ENLARGED // videos.shape[3])
+    videos = videos.nan_to_num(0)  # beyond the end of a shorter one
     frames = [
         tile(to_uint8(videos[:, :, time].float()).cpu(), columns) for time in range(videos.shape[2])
     ]

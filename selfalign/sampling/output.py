@@ -24,6 +24,7 @@ def as_array(samples: Float[Tensor, "B C *sides"]) -> Array:
         return samples.movedim(1, -1).float().cpu().numpy()
     if samples.ndim == 4:
         return to_uint8(samples).permute(0, 2, 3, 1).cpu().numpy()
+    samples = samples.nan_to_num(0)  # beyond the end of a shorter one
     frames = [to_uint8(samples[:, :, time]) for time in range(samples.shape[2])]
     return torch.stack(frames, dim=1).permute(0, 1, 3, 4, 2).cpu().numpy()
 

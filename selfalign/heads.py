@@ -59,7 +59,10 @@ class _OverGrid:
     def forward(
         self, x: Float[Tensor, "B N D"], condition: Float[Tensor, "B K D"], groups: TokenGroups
     ) -> Float[Tensor, "B N Z"]:
-        """Over the token grid in image order, whatever the order of the groups."""
+        """Over the token grid in image order, whatever the order of the groups; what is not there is zero,
+        as what lies beyond the border."""
+        if groups.present is not None:
+            x = x.masked_fill(~groups.present[..., None], 0)
         over_grid = groups.restore(x).transpose(1, 2).unflatten(2, self.grid.shape)
         convolve: Any = super()
         return groups.sort(convolve.forward(over_grid).flatten(2).transpose(1, 2))

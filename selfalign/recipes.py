@@ -145,7 +145,6 @@ _NEIGHBOURS: dict[str, Recipe] = {
         "sra as first published: smooth-L1, a weight that falls from epoch 149 on, dropped labels",
         _SRA_PUBLISHED,
         reported="FID 1.58 guided, 800 epochs",
-        proof="sra",
     ),
 }
 

@@ -77,6 +77,11 @@ class Vision(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
+        for name in modules:
+            if name not in found:
+                raise UserError(
+                    f"its features are made without the module {name}: name another (#NAME)"
+                )
         return found
 
     def prepared(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 S S"]:
@@ -142,6 +147,11 @@ def open_encoder(word: str, image_side: int, setting: str = "encoder") -> Vision
         raise UserError(
             f"{setting} is {word!r}: cannot be loaded: {type(error).__name__}: {error}"
         ) from error
+    if not isinstance(vision, Vision):
+        raise UserError(
+            f"{setting} is {word!r}: its load returned {type(vision).__name__}: needed is a "
+            "selfalign.vision.Vision"
+        )
     vision.class_token = parsed.class_token
     if parsed.module:
         vision.module = parsed.module

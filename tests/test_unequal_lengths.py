@@ -18,7 +18,8 @@ from selfalign.objective import Objective
 from selfalign.runs.start import start_run
 from selfalign.student import build_student
 from selfalign.terms import over_groups
-from selfalign.terms.alignment import distance
+from selfalign.terms.alignment import distance, normalised
+from selfalign.terms.contrastive import NEGATIVES
 from selfalign.tokens import TokenGroups, without_padding
 from selfalign.training.ema import EMA
 from selfalign.views import make_views
@@ -60,18 +61,69 @@ def test_tokens_are_those_of_the_shorter_sample():
         assert torch.allclose(found[:, :length], alone, atol=1e-10)
 
 
-@pytest.mark.parametrize("changes", [{}, {"views.attention": "full"}], ids=str)
+ALIGNED = [
+    {"terms.alignment.target": target, "terms.alignment.projector": projector,
+     "terms.alignment.spatial_norm": norm}
+    for target in ("ema", "same-pass", "latent")
+    for projector in ("sra", "mlp3", "conv")
+    for norm in ("none", "zscore")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [
+    {},
+    {"views.attention": "full"},
+    {"objective.terms": ("contrastive",)},
+    {"objective.terms": ("early-velocity",)},
+    {"objective.terms": ("dispersive",)},
+    *({"terms.alignment.distance": name} for name in
+      ("cosine-over-tokens", "smooth-l1", "l1", "l2")),
+    *({"views.partition": name} for name in ("blocks", "energy", "clusters", "difficulty")),
+    *ALIGNED,
+], ids=str)  # fmt: skip
 def test_what_is_not_there_has_no_say(changes):
     config, student, teacher, labels, draw = prepared(**changes)
     x0, objective = samples(), Objective(config)
     noise = draw.noise.masked_fill(x0.isnan(), 5.0)
-    totals = [
-        objective(student, teacher, x0, labels, each).total
-        for each in (draw, replace(draw, noise=noise))
-    ]
+    totals, gradients = [], []
+    for each in (draw, replace(draw, noise=noise)):
+        student.zero_grad()
+        totals.append(objective(student, teacher, x0, labels, each).total)
+        totals[-1].backward()
+        gradients.append([p.grad.clone() for p in student.parameters() if p.grad is not None])
     assert totals[0].isfinite() and torch.allclose(*totals, atol=1e-6)
-    totals[0].backward()
-    assert all(p.grad.isfinite().all() for p in student.parameters() if p.grad is not None)
+    for one, other in zip(*gradients, strict=True):
+        assert one.isfinite().all() and torch.allclose(one, other, atol=1e-5)
+
+
+def test_other_samples_are_compared_over_the_places_that_both_have():
+    changes = {"objective.terms": ("contrastive", "dispersive")}
+    config, student, teacher, labels, draw = prepared(**changes)
+    forward = Objective(config).predict(student, teacher, samples(), labels, draw)
+    found = Objective(config).losses(forward).terms
+    groups = forward.views.groups
+    velocity, target = groups.restore(forward.output.velocity), groups.restore(forward.views.target)
+    features = groups.restore(forward.output.features[config.terms["dispersive"].tap(config)])
+    pairs = []
+    for i, length in enumerate(LENGTHS):
+        negative = int(draw.more[NEGATIVES][i])
+        n = min(length, LENGTHS[negative])
+        expected = (velocity[i, :n] - target[negative, :n]).square().mean()
+        assert torch.allclose(found["contrastive"][i], -expected, rtol=1e-4)
+        for j, other in enumerate(LENGTHS):
+            n = min(length, other)
+            pairs.append((features[i, :n] - features[j, :n]).square().mean() / 0.5)
+    expected = torch.stack(pairs).neg().exp().mean().log()
+    assert torch.allclose(found["dispersive"], expected, atol=1e-4)
+
+
+def test_zscore_is_over_the_tokens_that_are_there():
+    features = torch.randn(3, 6, 4)
+    present = torch.arange(6) < torch.tensor([6, 3, 1])[:, None]
+    found = normalised("zscore", features, present)
+    assert torch.allclose(found[0], normalised("zscore", features[:1])[0], atol=1e-5)
+    assert torch.allclose(found[1, :3], normalised("zscore", features[1:2, :3])[0], atol=1e-5)
+    assert (found[2] == 0).all() and (found[1, 3:] == 0).all()
 
 
 def test_losses_are_means_over_tokens_that_are_there():

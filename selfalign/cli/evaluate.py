@@ -54,10 +54,9 @@ def evaluate_command(arguments: Sequence[str]) -> int:
         _require_weights([_parse(words) for words in commands])
     for words in commands:
         parsed = _parse(words)
-        protocol = [] if parsed.protocol is None else PROTOCOLS[parsed.protocol].options()
-        if protocol:  # in front, so that options that are given win
-            parsed = _parse([*protocol, *words])
-        code = code or _evaluate(parsed, protocol)
+        if parsed.protocol is not None:  # in front, so that options that are given win
+            parsed = _parse([*PROTOCOLS[parsed.protocol].options(), *words])
+        code = code or _evaluate(parsed)
     return code
 
 
@@ -103,14 +102,15 @@ def _parse(arguments: Sequence[str]) -> EvaluateArguments:
     return replace(parsed, sampling=restore(parsed.sampling, SamplingConfig()))
 
 
-def _evaluate(parsed: EvaluateArguments, protocol: Sequence[str]) -> int:
+def _evaluate(parsed: EvaluateArguments) -> int:
     with importing():
         from selfalign.evaluation.evaluate import evaluate
         from selfalign.processes import open_accelerator, together
 
     accelerator = open_accelerator()
-    if protocol and accelerator.is_main_process:
-        console.print(f"protocol {parsed.protocol}: {' '.join(protocol)}")
+    if parsed.protocol is not None and accelerator.is_main_process:
+        protocol = PROTOCOLS[parsed.protocol].overridden(parsed.config, parsed.sampling)
+        console.print(f"protocol {parsed.protocol}: {' '.join(protocol.options())}")
     bar = make_bar("{task.description}", disable=not accelerator.is_main_process)
     tasks: dict[str, Any] = {}
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from selfalign.cli.console import console
 from selfalign.errors import UserError
@@ -13,12 +13,12 @@ def recipes_command(arguments: Sequence[str]) -> int:
     """`selfalign recipes`."""
     if arguments and arguments[0] not in ("-h", "--help"):
         raise UserError(f"selfalign recipes takes no arguments, got {arguments[0]!r}")
-    table = Table("recipe", "what sets it apart", "settings that differ from sit", box=None)
+    table = _table("what sets it apart", "settings that differ from sit")
     for name, entry in RECIPES.items():
         settings = ", ".join(f"{key} {value}" for key, value in entry.settings.items())
         table.add_row(name, entry.summary, settings or "–")
     console.print(table)
-    facts = Table("recipe", "needs", "cost", "its paper reports", "recorded case", box=None)
+    facts = _table("needs", "cost", "its paper reports", "recorded case")
     for name, entry in RECIPES.items():
         cost = f"{COSTS[name]:.3f}"
         facts.add_row(name, entry.needs, cost, entry.reported or "–", entry.proof or "–")
@@ -31,3 +31,9 @@ def recipes_command(arguments: Sequence[str]) -> int:
         "train one: selfalign train RECIPE --out DIR; settings: selfalign train RECIPE --help"
     )
     return 0
+
+
+def _table(*headers: str) -> Table:
+    """Where nothing is cut off: of a name that is, nobody can make use."""
+    columns = (Column(header, overflow="fold") for header in headers)
+    return Table(Column("recipe", no_wrap=True), *columns, box=None)

@@ -53,6 +53,7 @@ class Encoded:
         Raises:
             UserError: there is no such encoder, or its features should be stored and are not there.
         """
+        self._require_pictures(word)
         if when == "once" and isinstance(self.split, StoredSplit):
             return self.stored(word).shape
         return probe(open_encoder(word, self.image_side, self.setting), self.image_side)
@@ -64,6 +65,7 @@ class Encoded:
             UserError: there is no such encoder, its features are not there or of other images, or there are
                 no images.
         """
+        self._require_pictures(word)
         if when == "once":
             features = self.stored(word)
             return features.shape, features.encoder_sha256
@@ -74,6 +76,15 @@ class Encoded:
             )
         vision = open_encoder(word, self.image_side, self.setting)
         return probe(vision, self.image_side), encoder_sha256(vision)
+
+    def _require_pictures(self, word: str) -> None:
+        """Refuse data that is neither grey nor coloured: an alpha channel or latents would be taken for it."""
+        pixels = not self._has_latents and not isinstance(self.split, StoredSplit)
+        if pixels and self.source.channels not in (1, 3):
+            raise UserError(
+                f"{self.setting} is {word!r}: encoders see images of 1 or 3 channels, and data.name "
+                f"{self.data.name} has {self.source.channels}"
+            )
 
     @property
     def image_side(self) -> int:

@@ -4,8 +4,14 @@ Facts from the papers and their released samplers (docs/evaluation.md says which
 open stays at this project's default.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from selfalign.evaluation.config import EvaluationConfig
+    from selfalign.sampling.settings import SamplingConfig
 
 IMAGENET_256 = "VIRTUAL_imagenet256_labeled.npz"
 IMAGENET_512 = "VIRTUAL_imagenet512.npz"
@@ -19,7 +25,7 @@ class Protocol:
     reference: str = IMAGENET_256
     features: str = "inception"
     num: int = 50_000
-    labels: Literal["random", "balanced"] = "random"
+    labels: Literal["random", "balanced"] | tuple[int, ...] = "random"
     inception_splits: int = 10
     """ADM's splits of 5,000 samples each."""
     solver: str | None = "sde"
@@ -29,12 +35,19 @@ class Protocol:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_channels: Literal["all", "first-three"] = "all"
 
+    def overridden(self, config: EvaluationConfig, sampling: SamplingConfig) -> Protocol:
+        """What is in force once options that were given have won."""
+        own = {field.name for field in fields(self)}
+        held = {**vars(config), **(vars(sampling) if self.solver is not None else {})}
+        return replace(self, **{name: value for name, value in held.items() if name in own})
+
     def options(self) -> list[str]:
         """The same as words of a command line."""
         measured = [
             *("--reference", self.reference, "--features", self.features),
             *("--num", f"{self.num}", "--inception-splits", f"{self.inception_splits}"),
-            *("--labels", self.labels),
+            "--labels",
+            *((self.labels,) if isinstance(self.labels, str) else map(str, self.labels)),
         ]
         if self.solver is None:
             return measured

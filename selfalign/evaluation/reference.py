@@ -18,6 +18,7 @@ from selfalign.errors import UserError
 from selfalign.evaluation.features import FeatureNetwork
 from selfalign.evaluation.frechet import Gaussian, Moments, require_finite
 from selfalign.evaluation.inputs import ImageSet, hash_file, images_of, open_images
+from selfalign.evaluation.protocols import IMAGENET_256, IMAGENET_512
 from selfalign.randomness import make_generator
 
 NEIGHBOUR_IMAGES = 10_000
@@ -28,7 +29,9 @@ ASYMMETRY = 1e-5
 """Of a covariance's largest entry: far above rounding, float32's included."""
 NEGATIVE = 1e-3
 """The same of its smallest eigenvalue: a covariance has none below zero but for rounding."""
-PUBLISHED = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
+_ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
+PUBLISHED = {IMAGENET_256: f"{_ADM}/256/{IMAGENET_256}", IMAGENET_512: f"{_ADM}/512/{IMAGENET_512}"}
+"""Where ADM's reference batches come from."""
 
 Extract = Callable[[ImageSet], Iterable[dict[str, Float[Tensor, "M F"]]]]
 """Yields the features of a set, in order, a part at a time."""
@@ -117,10 +120,11 @@ def open_reference(path: Path, background: str = "white") -> ReferenceSource:
     if not os.path.exists(path):  # noqa: PTH110 – of any name, however long
         kept = cache_folder("references") / path.name
         if not os.path.isfile(kept):  # noqa: PTH113
-            known = " (ADM's reference batches: {}/256/VIRTUAL_imagenet256_labeled.npz)"
+            published = PUBLISHED.get(path.name)
+            known = f" (ADM's reference batch: {published})" if published else ""
             raise UserError(
                 f"--reference {path} does not exist, here or as {kept}: allowed are a data set, a .npz "
-                f"or a folder of images{known.format(PUBLISHED) if 'VIRTUAL' in path.name else ''}"
+                f"or a folder of images{known}"
             )
         path = kept
     if os.path.isfile(path / "config.json"):  # noqa: PTH113

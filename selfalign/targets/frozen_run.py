@@ -69,8 +69,13 @@ class FrozenRunTarget(Target):
         """With the teacher's width and hash, which must be that recorded."""
         from selfalign.weights import weights_sha256
 
-        teacher = self._load()
+        teacher, learnt = self._load()
         model = config.model
+        self.require(
+            teacher.predicts == "velocity",
+            "run",
+            f"it predicts {teacher.predicts} at diffusion steps; allowed are models of velocities",
+        )
         for what, own, wanted in (
             ("channels", teacher.channels, model.channels),
             ("sides", teacher.image_size, model.image_size),
@@ -78,6 +83,17 @@ class FrozenRunTarget(Target):
             ("classes", teacher.num_classes, model.num_classes),
         ):
             self.require(own == wanted, "run", f"it has {what} {own}, and this model {wanted}")
+        if learnt is not None:
+            self.require(
+                learnt.flow.path == config.flow.path,
+                "run",
+                f"it was trained on the {learnt.flow.path} path, and flow.path is {config.flow.path}",
+            )
+            self.require(
+                self.guidance == 1 or learnt.views.class_dropout > 0,
+                "guidance",
+                "the run was trained without dropped labels and has no unguided direction; allowed is 1",
+            )
         tap = find_tap(self.block, len(teacher.blocks), self.dotted("block"))
         teacher.require_taps([tap], self.dotted("block"))
         found = weights_sha256(teacher.state_dict().items())
@@ -93,7 +109,7 @@ class FrozenRunTarget(Target):
 
     def build(self, config: ResolvedConfig) -> BuiltTarget:
         """The teacher."""
-        return FrozenRun(self, self._load())
+        return FrozenRun(self, self._load()[0])
 
     def features(self, forward: Pass) -> Float[Tensor, "B N D"]:
         """What is built gives them."""
@@ -109,15 +125,18 @@ class FrozenRunTarget(Target):
         self.require(place.exists(), "run", "there is no such run or checkpoint")
         return place
 
-    def _load(self) -> Backbone:
+    def _load(self) -> tuple[Backbone, ResolvedConfig | None]:
+        """The teacher, and what it was trained with; of a released checkpoint that is known: the linear path,
+        with dropped labels."""
         from selfalign.interop.released import load_released
         from selfalign.runs.load import load_run
 
         place = self._place()
         if place.is_dir():
-            return load_run(place, self.weights).model
+            run = load_run(place, self.weights)
+            return run.model, run.config
         teacher = load_released(place, None if self.released == "auto" else self.released)
-        return teacher.eval().requires_grad_(False)
+        return teacher.eval().requires_grad_(False), None
 
 
 class FrozenRun:
@@ -142,9 +161,10 @@ class FrozenRun:
 
         teacher = self.teacher.to(forward.x0.device)
         view, scale = forward.views.student, self.target.guidance
-        groups = (
-            dataclasses.replace(view.groups, separate=False) if self.target.whole else view.groups
-        )
+        # No token passes by any of its blocks, whatever the student's do.
+        groups = dataclasses.replace(view.groups, passing=None)
+        if self.target.whole:
+            groups = dataclasses.replace(groups, separate=False)
 
         def at(condition: Any) -> Tensor:
             tokens, timesteps = view.tokens, view.timesteps

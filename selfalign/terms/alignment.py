@@ -12,7 +12,7 @@ from selfalign.parts import Part, chosen, register
 from selfalign.terms import Term, check_group_weights, over_groups
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
     from torch import Tensor, nn
 
     from selfalign.config import ResolvedConfig, RunConfig
@@ -48,17 +48,31 @@ def distance(
     return {"l1": functional.l1_loss, "l2": functional.mse_loss}[name](student, target)
 
 
-def normalised(kind: str, features: Float[Tensor, "B N Z"]) -> Float[Tensor, "B N Z"]:
+def normalised(
+    kind: str, features: Float[Tensor, "B N Z"], present: Bool[Tensor, "B N"] | None = None
+) -> Float[Tensor, "B N Z"]:
     """A target's features with their mean over tokens and, `zscore`, their deviation taken out.
 
     `zscore` is iREPA's: (z - mean) / (unbiased deviation + 1e-6), per sample and feature; `none` leaves
     them as they are.
+
+    Args:
+        kind: `none` or `zscore`.
+        features: in group order.
+        present: which tokens are there and count; None: all.
     """
     if kind == "none":
         return features
     features = _precise(features)
-    centred = features - features.mean(dim=1, keepdim=True)
-    return centred / (features.std(dim=1, keepdim=True) + SPREAD)
+    if present is None:
+        centred = features - features.mean(dim=1, keepdim=True)
+        return centred / (features.std(dim=1, keepdim=True) + SPREAD)
+    there = present[..., None]
+    count = there.sum(dim=1, keepdim=True)
+    mean = features.masked_fill(~there, 0).sum(dim=1, keepdim=True) / count.clamp(min=1)
+    centred = (features - mean).masked_fill(~there, 0)
+    variance = centred.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
+    return centred / (variance.sqrt() + SPREAD)
 
 
 def _precise(features: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
@@ -149,10 +163,12 @@ class Alignment(Term):
         own = (HEAD, f"{PROJECTORS}.")
         students = [made for name, made in output.projected.items() if name.startswith(own)]
         students = students or [output.features[self.tap(config)]]
-        target = normalised(self.spatial_norm, forward.targets[self.target])
+        groups, target = forward.views.groups, forward.targets[self.target]
+        present = None if groups.present is None else groups.present[:, : target.shape[1]]
+        target = normalised(self.spatial_norm, target, present)
         target = target[:, : students[0].shape[1]]  # hidden tokens come last
         targets = target.split([student.shape[2] for student in students], dim=2)
-        groups, between = forward.views.groups, partial(distance, self.distance)
+        between = partial(distance, self.distance)
         distances = [
             over_groups(between, groups, self.group_weights, *pair)
             for pair in zip(students, targets, strict=True)

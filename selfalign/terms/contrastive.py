@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from selfalign.parts import register
-from selfalign.terms import Term
+from selfalign.terms import Term, over_groups
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -44,9 +44,16 @@ class Contrastive(Term):
         return {NEGATIVES: (torch.arange(batch, device=device) + 1 + others) % batch}
 
     def __call__(self, forward: Pass) -> Float[Tensor, B]:
-        """Place by place in image order: another sample's tokens have another order."""
+        """Place by place in image order: another sample's tokens have another order.
+
+        Of samples of unequal lengths over the places that both have.
+        """
         from selfalign.flow import velocity_error
 
         groups, negatives = forward.views.groups, forward.draw.more[NEGATIVES]
-        targets = groups.restore(forward.views.target)[negatives]
-        return -velocity_error(forward.output.velocity, groups.sort(targets))
+        targets = groups.sort(groups.restore(forward.views.target)[negatives])
+        if groups.present is not None:
+            theirs = groups.restore(groups.present[..., None].to(targets))[negatives]
+            both = groups.present & (groups.sort(theirs)[..., 0] > 0)
+            groups = replace(groups, present=both)
+        return -over_groups(velocity_error, groups, (), forward.output.velocity, targets)

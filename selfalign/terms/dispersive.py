@@ -36,8 +36,9 @@ class Dispersive(Term):
         self.require_number("temperature", 1e-6, 1e6, "a number above 0")
 
     def check_in(self, config: Any) -> None:
-        """The block must be there, and another sample."""
+        """The block must be there, and another sample, compared place by place."""
         self.tap(config)
+        config.views.require_all_tokens(self)
         self.require_pairs(config)
 
     def tap(self, config: RunConfig) -> Tap:
@@ -52,15 +53,23 @@ class Dispersive(Term):
         """The InfoNCE-like form with squared distances, in float32.
 
         Distances are between flattened features and divided by their number, as in the released code;
-        the pairs of a sample with itself count, at distance 0. Tokens are compared in image order.
+        the pairs of a sample with itself count, at distance 0. Tokens are compared in image order; of
+        samples of unequal lengths over the places that both have.
         """
         from selfalign.precision import full_precision
 
-        features = forward.output.features[self.tap(forward.config)]
-        features = forward.views.groups.restore(features)
-        z = features.flatten(1).float()
-        squares = z.square().sum(dim=1)
+        features, groups = forward.output.features[self.tap(forward.config)], forward.views.groups
+        z = groups.restore(features).float()
         with full_precision(z.device):
-            distance = squares[:, None] + squares - 2 * z @ z.t()
-        scaled = distance.clamp(min=0) / (z.shape[1] * self.temperature)
+            if groups.present is None:
+                flat, count = z.flatten(1), z[0].numel()
+                squares = flat.square().sum(dim=1)
+                distance = squares[:, None] + squares - 2 * flat @ flat.t()
+            else:
+                there = groups.restore(groups.present[..., None].to(z))
+                flat, there = (z * there).flatten(1), there[..., 0]
+                count = (there @ there.t()) * z.shape[2]
+                squares = (z * there[..., None]).square().sum(dim=2) @ there.t()
+                distance = squares + squares.t() - 2 * flat @ flat.t()
+        scaled = distance.clamp(min=0) / (count * self.temperature)
         return scaled.neg().exp().mean().log()

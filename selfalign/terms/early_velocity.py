@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfalign.backbones import find_tap
 from selfalign.parts import register
-from selfalign.terms import Term
+from selfalign.terms import Term, over_groups
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -55,4 +55,5 @@ class EarlyVelocity(Term):
         from selfalign.flow import velocity_error
 
         (name,) = self.head_names(forward.config)
-        return velocity_error(forward.output.projected[name], forward.views.target)
+        views, velocity = forward.views, forward.output.projected[name]
+        return over_groups(velocity_error, views.groups, (), velocity, views.target)

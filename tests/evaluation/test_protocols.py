@@ -37,6 +37,18 @@ def test_options_that_are_given_win() -> None:
     assert parsed.sampling.guidance_channels == "first-three"
 
 
+def test_what_is_told_is_what_is_in_force() -> None:
+    for name, protocol in PROTOCOLS.items():
+        parsed = _parse([*protocol.options(), "runs/x"])
+        assert protocol.overridden(parsed.config, parsed.sampling) == protocol, name
+    given = ["runs/x", "--guidance-scale", "1", "--num", "16", "--labels", "3", "4"]
+    parsed = _parse([*PROTOCOLS["paper-512"].options(), *given])
+    told = PROTOCOLS["paper-512"].overridden(parsed.config, parsed.sampling).options()
+    assert _parse([*told, "runs/x"]) == parsed
+    assert told[told.index("--num") + 1] == "16" and "--steps" in told
+    assert "--solver" not in PROTOCOLS["adm"].overridden(parsed.config, parsed.sampling).options()
+
+
 def test_settings_import_no_torch() -> None:
     """`selfalign evaluate --help` needs these modules; the package's own front door is left aside."""
     code = """

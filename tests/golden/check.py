@@ -155,7 +155,8 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 def check_term(meta: dict[str, Any], tensors: Tensors) -> Results:
     """Losses, features and gradients of a neighbouring system's step on plain SiT."""
     state, side, channels = weights(tensors, "student."), meta["input_size"], tensors["x0"].shape[1]
-    encoders = [name for name in sorted(tensors) if name.startswith("encoder.")]
+    found = (name for name in tensors if name.startswith("encoder."))
+    encoders = sorted(found, key=lambda name: int(name.removeprefix("encoder.")))
     words = tuple(f"timm:recorded#{name}" for name in encoders)
     settings: dict[str, Any] = {
         **SYSTEMS[meta["system"]],

@@ -1,12 +1,14 @@
 """Runs with external targets, end to end: prepared, trained, resumed to the bit, sampled, refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import SMALL
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from small_images import FASHION_MNIST, make_images
 from support import assert_same_run
 
@@ -158,6 +160,7 @@ class TestFrozenRuns:
             ({"targets.frozen-run.block": "nosuch"}, "the module 'nosuch', which the backbone"),
             ({"targets.frozen-run.weights": "ema:0.5"}, "this run keeps raw, ema, ema:0.9999"),
             ({"targets.frozen-run.run": "nowhere"}, "there is no such run or checkpoint"),
+            ({"flow.path": "cosine"}, "trained on the linear path, and flow.path is cosine"),
         ],
     )
     def test_of_another_shape_are_refused(self, small_run: Path, tmp_path: Path, changes, said):
@@ -167,6 +170,48 @@ class TestFrozenRuns:
             start_run(self.config(small_run, **changes), tmp_path / "run", quiet)
         assert said in str(error.value) and "\n" not in str(error.value)
         assert not (tmp_path / "run").exists()
+
+    def test_of_noise_or_without_a_null_label_are_refused(self, small_run: Path, tmp_path: Path):
+        golden = Path(__file__).parents[1] / "golden" / "checkpoint_dit.safetensors"
+        state = {
+            name.removeprefix("model."): held
+            for name, held in load_file(golden).items()
+            if name.startswith("model.")
+        }
+        save_file(state, tmp_path / "dit.safetensors")
+        words = [
+            "import",
+            str(tmp_path / "dit.safetensors"),
+            str(tmp_path / "dit"),
+            "--from",
+            "dit",
+        ]
+        assert main([*words, "--heads", "2"]) == 0
+        with pytest.raises(UserError, match="it predicts noise at diffusion steps"):
+            start_run(self.config(tmp_path / "dit"), tmp_path / "run", quiet)
+        shutil.copytree(small_run, tmp_path / "undropped")
+        file = tmp_path / "undropped" / "config.json"
+        record = json.loads(file.read_text())
+        record["config"]["views"]["class_dropout"] = 0.0
+        file.write_text(json.dumps(record))
+        with pytest.raises(
+            UserError, match=r"guidance is 2\.0: the run was trained without dropped"
+        ):
+            start_run(self.config(tmp_path / "undropped"), tmp_path / "run", quiet)
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("when", ["auto", "every-step"])
+@pytest.mark.parametrize("channels", [2, 4])
+def test_what_is_neither_grey_nor_coloured_has_no_encoders(
+    tmp_path: Path, channels: int, when: str
+) -> None:
+    np.savez(tmp_path / "a.npz", samples=np.zeros((20, channels, 8, 8), np.float32))
+    settings = {"data.name": "arrays", "data.root": str(tmp_path / "a.npz")}
+    settings |= {"targets.frozen-encoder.encoders": (LITE,), "targets.frozen-encoder.when": when}
+    with pytest.raises(UserError, match=f"1 or 3 channels, and data.name arrays has {channels}"):
+        start_run(recipe("repa", {**SHORT, **settings}), tmp_path / "run", quiet)
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_is_not_there_is_told_before_anything_is_written(tmp_path: Path) -> None:

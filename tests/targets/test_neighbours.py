@@ -11,10 +11,12 @@ from torch.nn import functional
 
 from selfalign import Objective, TokenGrid, UserError, build_student, load_plugin
 from selfalign.network import EARLY_VELOCITY
+from selfalign.objective import Pass
 from selfalign.targets.encoder_attention import RunningAttention
 from selfalign.targets.frozen_encoder import RunningEncoders, over_tokens
 from selfalign.targets.frozen_run import FrozenRun, FrozenRunTarget
 from selfalign.terms.alignment import distance, normalised
+from selfalign.views import make_views
 from selfalign.vision import open_encoder
 
 SHAPE = (3, 2, 4, 6)
@@ -304,6 +306,24 @@ class TestFrozenRun:
 
         null = torch.full((3,), 5)
         expected = at(null) + guidance * (at(forward.condition) - at(null))
+        torch.testing.assert_close(found, expected)
+
+    @pytest.mark.parametrize("hidden_as", ["tokens", "mask"])
+    def test_passes_by_no_blocks_whatever_the_student_does(self, hidden_as):
+        passing = {"views.mask_ratios": (0.5, 0.5), "views.hidden_groups": 1}
+        passing |= {"views.skipped_blocks": (2, 2), "views.hidden_as": hidden_as}
+        changes = {"terms.alignment.target": "latent", **passing}
+        config = resolved("sit", changes, channels=2, image_size=(4, 6))
+        teacher = small_model(5, head_after=None)
+        x0, labels = torch.randn(3, 2, 4, 6, dtype=torch.float64), torch.tensor([0, 1, 2])
+        draw = float64_draw(config, (3, 2, 4, 6))
+        views = make_views(config, x0, draw)
+        forward = Pass(config, x0, labels, labels, draw, views, None, None)
+        found = FrozenRun(FrozenRunTarget(run="x", block=2, width=24), teacher).features(forward)
+        view = views.student
+        groups = dataclasses.replace(view.groups, passing=None)
+        with torch.no_grad():
+            expected = teacher(view.tokens, view.timesteps, labels, groups, taps=(2,)).features[2]
         torch.testing.assert_close(found, expected)
 
     def test_refused(self):

@@ -53,6 +53,13 @@ def test_is_minus_the_error_against_the_others_velocity_in_image_order(
     )
 
 
+@pytest.mark.parametrize("term", ["contrastive", "dispersive"])
+def test_groups_that_are_dropped_are_refused(term: str) -> None:
+    dropped = {"views.mask_ratios": (0.5, 0.5), "views.hidden_groups": 1}
+    with pytest.raises(UserError, match=f"terms.{term} needs all tokens"):
+        resolved("sit", {"objective.terms": (term,), **dropped})
+
+
 def test_one_image_at_once_is_refused() -> None:
     with pytest.raises(UserError, match=r"training\.batch_size is 4: terms\.contrastive needs 2"):
         resolved("sit", {**ON, "training.batch_size": 4, "training.gradient_accumulation": 4})

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+from selfalign.errors import UserError
 from selfalign.parts import Part, PartSettings, load_plugin, require_named_plugins
 from selfalign.sections import (
     MAX_TOKENS,
@@ -243,7 +244,12 @@ def resolve(
     images = config.training.batch_size // (processes * config.training.gradient_accumulation)
     _check_grouping(resolved, config.views, images)
     for views in resolved.curriculum.all_views(resolved):
-        _check_grouping(resolved, views, 0)
+        try:
+            _check_grouping(resolved, views, 0)
+        except UserError as error:
+            raise UserError(
+                f"{resolved.curriculum.section} comes to what is not allowed: {error}"
+            ) from None
     return resolved
 
 

@@ -172,19 +172,26 @@ class TransformersEncoder(TextEncoder):
         if lacking := sorted(name for name in missing if POOLER not in name):
             raise _not_there(self.name, ValueError(f"its weights lack {listed(lacking)}"))
         encoder = encoder.to(self.features.device).eval()
+        tokenizer.padding_side = "right"
+        if tokenizer.pad_token is None:  # as of GPT-2: whatever it is, nothing attends to it
+            tokenizer.pad_token = tokenizer.eos_token
         features, present = [], []
         for first in range(0, len(captions), AT_ONCE):
-            texts = tokenizer(
-                list(captions[first : first + AT_ONCE]),
-                padding="max_length",
-                truncation=True,
-                max_length=self.length,
-                return_tensors="pt",
-            ).to(self.features.device)
-            mask = texts["attention_mask"]
-            read = encoder(input_ids=texts["input_ids"], attention_mask=mask).last_hidden_state
+            try:
+                texts = tokenizer(
+                    list(captions[first : first + AT_ONCE]),
+                    padding="max_length",
+                    truncation=True,
+                    max_length=self.length,
+                    return_tensors="pt",
+                ).to(self.features.device)
+                mask = texts["attention_mask"]
+                read = encoder(input_ids=texts["input_ids"], attention_mask=mask).last_hidden_state
+            except Exception as error:  # what a tokenizer or a model of any kind cannot do
+                wanted = f"it cannot read captions of conditions.text.length {self.length} tokens: {error}"
+                raise _not_there(self.name, ValueError(wanted)) from error
             there = mask.bool()
-            there[:, 0] = True  # something has to be attended to, also in an empty caption
+            there[:, 0] |= ~there.any(dim=1)  # something is attended to, also in an empty caption
             features.append(read.float())
             present.append(there)
         self.features, self.present = torch.cat(features), torch.cat(present)

@@ -191,10 +191,13 @@ class TokenGroups:
 
 def without_padding(
     tokens: Float[Tensor, "B N P"],
-) -> tuple[Float[Tensor, "B N P"], Bool[Tensor, "B N"]]:
-    """Tokens of samples whose missing end is NaN: with zeros there, and which of them are there at all."""
+) -> tuple[Float[Tensor, "B N P"], Bool[Tensor, "B N P"]]:
+    """Tokens of samples whose missing end is NaN: with zeros there, and which of their values are there.
+
+    A token is there where any of its values is.
+    """
     missing = tokens.isnan()
-    return tokens.masked_fill(missing, 0), ~missing.all(dim=2)
+    return tokens.masked_fill(missing, 0), ~missing
 
 
 def one_group(num_tokens: int) -> TokenGroups:

@@ -69,8 +69,6 @@ def draw_views(
         share: which of the samples of the step's batch these are.
     """
     x0 = batch if isinstance(batch, Tensor) else None
-    if x0 is not None and config.padded:
-        x0 = x0.nan_to_num(0)
     shape = tuple(batch.shape if isinstance(batch, Tensor) else batch)
     grouping = config.views if views is None else views
     count, device, groups = share.count * shape[0], generator.device, len(grouping.mask_ratios)
@@ -88,7 +86,7 @@ def draw_views(
     if groups > 1:
         sizes, path = group_sizes(grouping.mask_ratios, grid.num_tokens), PATHS[config.flow.path]
         samples = x0, noise, path, teacher, condition
-        whole = Ungrouped(grid, sizes, shape[0], generator, *samples, share)
+        whole = Ungrouped(grid, sizes, shape[0], generator, *samples, share, config.padded)
         order = config.partition_of(grouping).order(whole)
     for _ in range(1, groups):
         timesteps.append(config.schedule.timesteps(timesteps, next_timesteps))
@@ -134,6 +132,8 @@ class Views:
     """The velocity of the path at the student's view (Eq. 2)."""
     present: Bool[Tensor, "B N"] | None = None
     """Which of all tokens are there; None: all."""
+    there: Bool[Tensor, "B n P"] | None = None
+    """Which values of the tokens that the student sees are there; None: all."""
 
     @property
     def groups(self) -> TokenGroups:
@@ -182,9 +182,13 @@ def make_views(config: ResolvedConfig, x0: Float[Tensor, "B C *sides"], draw: Dr
         separate=views.attention == "separated",
     )
     clean, noise = (groups.sort(grid.patchify(samples)) for samples in (x0, draw.noise))
-    if config.padded:
-        clean, present = without_padding(clean)
-        groups = replace(groups, present=present)
+    there = None
+    if (
+        config.padded
+    ):  # neither data nor noise where nothing is: in a token that ends early it would be seen
+        clean, there = without_padding(clean)
+        noise = noise.masked_fill(~there, 0)
+        groups = replace(groups, present=there.any(dim=2))
     whole, seen, timesteps = groups.present, (clean, noise), draw.timesteps
     if hidden := views.hidden_groups:
         if views.skipped_blocks is None:
@@ -195,4 +199,6 @@ def make_views(config: ResolvedConfig, x0: Float[Tensor, "B C *sides"], draw: Dr
             groups = replace(groups, passing=Passing(hidden, *views.skipped_blocks, masked))
     student = noised(*seen, path, timesteps, groups)
     t = groups.broadcast(student.timesteps[..., None])
-    return Views(clean, noise, path, student, path.velocity(*seen, t), whole)
+    if there is not None:
+        there = there[:, : groups.ends[-1]]
+    return Views(clean, noise, path, student, path.velocity(*seen, t), whole, there)

@@ -167,7 +167,7 @@ def open_encoder(word: str, image_side: int, setting: str = "encoder") -> Vision
         raise UserError(
             f"{setting} is {word!r}: takes no images of side {image_side}: {error}"
         ) from error
-    return cast(Vision, vision)
+    return vision
 
 
 def probe(vision: Vision, image_side: int) -> tuple[int, int, int]:

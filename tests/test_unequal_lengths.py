@@ -13,8 +13,10 @@ from support import draw_of, randomize, resolved, small_model
 from selfalign import UserError, recipe
 from selfalign.cli import main
 from selfalign.data.datasets import open_data
-from selfalign.flow import velocity_error
+from selfalign.flow import PATHS, velocity_error
 from selfalign.objective import Objective
+from selfalign.partitions import Ungrouped
+from selfalign.randomness import make_generator
 from selfalign.runs.start import start_run
 from selfalign.student import build_student
 from selfalign.terms import over_groups
@@ -77,7 +79,7 @@ ALIGNED = [
     {"objective.terms": ("early-velocity",)},
     {"objective.terms": ("dispersive",)},
     *({"terms.alignment.distance": name} for name in
-      ("cosine-over-tokens", "smooth-l1", "l1", "l2")),
+      ("smooth-l1", "l1", "l2")),
     *({"views.partition": name} for name in ("blocks", "energy", "clusters", "difficulty")),
     *ALIGNED,
 ], ids=str)  # fmt: skip
@@ -172,9 +174,52 @@ def test_goes_together_with_other_views(changes):
     assert total.isfinite()
 
 
+@pytest.mark.parametrize("name", ["random", "blocks", "energy", "clusters", "difficulty"])
+def test_groups_do_not_depend_on_noise_where_nothing_is(name):
+    config, _, teacher, labels, _ = prepared(**{"views.partition": name, "model.size": "tiny/2"})
+    x0, orders = samples(), []
+    randomize(teacher, 1, std=0.1)
+    for filling in (0.0, 5.0):
+        noise = torch.randn(4, 2, 12, generator=torch.Generator().manual_seed(1))
+        noise = noise.masked_fill(x0.isnan(), filling)
+        batch = Ungrouped(
+            config.grid, (2, 4), 4, make_generator(0, "test"), x0, noise, PATHS["linear"], teacher,
+            labels, padded=True,
+        )  # fmt: skip
+        orders.append(config.partition.order(batch))
+    assert torch.equal(*orders)
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+@pytest.mark.parametrize("terms", [(), ("early-velocity",), ("contrastive",)], ids=str)
+def test_of_a_token_that_ends_early_what_it_has_is_scored(patch, terms):
+    changes = {"model.size": f"tiny/{patch}", "objective.terms": terms}
+    config, student, teacher, labels, draw = prepared(**changes)
+    x0 = samples()
+    noise = draw.noise.masked_fill(x0.isnan(), 5.0)
+    losses, velocities = [], []
+    for each in (draw, replace(draw, noise=noise)):
+        forward = Objective(config).predict(student, teacher, x0, labels, each)
+        losses.append(Objective(config).losses(forward))
+        velocities.append(forward)
+    assert torch.allclose(losses[0].total, losses[1].total, atol=1e-6)
+    forward = velocities[0]
+    groups = forward.views.groups
+    error = groups.restore((forward.output.velocity - forward.views.target).square())
+    by_place = error.unflatten(2, (-1, 2)).flatten(1, 2) if patch > 1 else error
+    for row, length, found in zip(by_place, LENGTHS, losses[0].terms["denoising"], strict=True):
+        assert torch.allclose(found, row[:length].mean(), rtol=1e-4)
+
+
+def test_a_distance_over_all_tokens_is_refused():
+    with pytest.raises(UserError, match="it runs over all tokens"):
+        padded_config(**{"terms.alignment.distance": "cosine-over-tokens"})
+
+
 def test_padding_is_told_from_what_is_there():
-    tokens, present = without_padding(torch.tensor([[[1.0, torch.nan], [torch.nan, torch.nan]]]))
-    assert tokens.tolist() == [[[1, 0], [0, 0]]] and present.tolist() == [[True, False]]
+    tokens, there = without_padding(torch.tensor([[[1.0, torch.nan], [torch.nan, torch.nan]]]))
+    assert tokens.tolist() == [[[1, 0], [0, 0]]]
+    assert there.tolist() == [[[True, False], [False, False]]]
     config = padded_config()
     views = make_views(config, samples(), draw_of(config, batch=4))
     assert views.student.tokens.isfinite().all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from selfalign.conditions.label import Label
 from selfalign.parts import register
@@ -40,6 +40,14 @@ class Text(Label):
             self.encoder == "bytes" or (kind == "transformers" and bool(name)),
             "encoder",
             "allowed are bytes, and transformers:NAME",
+        )
+
+    def check_in(self, config: Any) -> None:
+        """There must be something to read; how much the data tells when it is opened."""
+        self.require(
+            config.model.num_classes != 0,
+            "encoder",
+            "the data has neither captions nor labels to read",
         )
 
     def embedder(self, num_classes: int, hidden_size: int) -> nn.Module | None:

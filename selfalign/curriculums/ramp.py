@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from selfalign.curriculums import Curriculum
+from selfalign.errors import UserError
 from selfalign.parts import register
 
 if TYPE_CHECKING:
@@ -63,11 +64,14 @@ def _levels(ramp: Ramp, views: ViewsConfig) -> tuple[ViewsConfig, ...]:
     """The section `views` at each level, from the start to the end."""
     ratios = ramp.mask_ratios or views.mask_ratios
     whole = ramp.whole_image_fraction
-    start = dataclasses.replace(
-        views,
-        mask_ratios=ratios,
-        whole_image_fraction=views.whole_image_fraction if whole is None else whole,
-    )
+    try:
+        start = dataclasses.replace(
+            views,
+            mask_ratios=ratios,
+            whole_image_fraction=views.whole_image_fraction if whole is None else whole,
+        )
+    except UserError as error:
+        raise UserError(f"{ramp.section} begins with what is not allowed: {error}") from None
 
     def between(share: float) -> ViewsConfig:
         def mixed(a: float, b: float) -> float:

@@ -78,7 +78,7 @@ class Encoded:
         return probe(vision, self.image_side), encoder_sha256(vision)
 
     def _require_pictures(self, word: str) -> None:
-        """Refuse data that is neither grey nor coloured: an alpha channel or latents would be taken for it."""
+        """Refuse data that is neither grey nor coloured, as latents in an array."""
         pixels = not self._has_latents and not isinstance(self.split, StoredSplit)
         if pixels and self.source.channels not in (1, 3):
             raise UserError(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,7 +21,9 @@ from selfalign.inspect.section import About, Section
 from selfalign.pages.figures import Chart
 from selfalign.pages.svg import drawing, to_svg
 from selfalign.randomness import make_generator
+from selfalign.sampling.pictures import visible
 from selfalign.targets.ema import EMATarget
+from selfalign.tokens import TokenGroups
 from selfalign.views import View, draw_views, make_views
 
 if TYPE_CHECKING:
@@ -37,6 +39,10 @@ COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Of the token groups, in turn; told apart by colour-blind readers too."""
 
 
+NOT_SEEN = -1
+"""Group of tokens that a network does not see at all."""
+
+
 @dataclass(frozen=True)
 class SeenView:
     """One network's view of one image, all in image order."""
@@ -46,11 +52,17 @@ class SeenView:
     grid: tuple[int, int]
     """Rows and columns of its tokens."""
     groups: Int[Tensor, "N"]
-    """Group of every token."""
+    """Group of every token; NOT_SEEN of one that is dropped."""
     timesteps: tuple[float, ...]
-    """Of every group."""
+    """Of every group that is seen."""
     attends: Bool[Tensor, "N N"]
     """Whether the token of the row attends to that of the column (Eq. 8 and 9)."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all tokens that are seen attend to each other."""
+        seen = self.groups != NOT_SEEN
+        return bool(self.attends[seen][:, seen].all())
 
 
 @dataclass(frozen=True)
@@ -102,17 +114,19 @@ def see_views(
     def see(view: View | None, index: int) -> SeenView | None:
         if view is None:
             return None
-        noised = grid.unpatchify(view.groups.restore(view.tokens))[index]
+        noised = grid.unpatchify(_in_image(view.tokens, view.groups, grid.num_tokens, 0))[index]
         one_group = index < whole or len(view.groups.sizes) == 1
         timesteps = view.timesteps[index].tolist()
-        members = _members(view)[index]
+        members = _members(view, grid.num_tokens)[index]
+        there = members != NOT_SEEN
         separate = view.groups.separate and not one_group
+        attends = members[:, None].eq(members) | (not separate)
         return SeenView(
             image=pixels(noised, decode),
             grid=(grid.shape[0], grid.shape[1]),
-            groups=torch.zeros_like(members) if one_group else members,
+            groups=members.clamp(max=0) if one_group else members,
             timesteps=tuple(timesteps[:1] if one_group else timesteps),
-            attends=members[:, None].eq(members) | (not separate),
+            attends=attends & there[:, None] & there,
         )
 
     seen = []
@@ -124,10 +138,22 @@ def see_views(
     return seen
 
 
-def _members(view: View) -> Int[Tensor, "B N"]:
+def _members(view: View, num_tokens: int) -> Int[Tensor, "B N"]:
     """Group of every token, in image order."""
     numbers = torch.arange(len(view.groups.sizes)).expand(len(view.tokens), -1)[..., None]
-    return view.groups.restore(view.groups.broadcast(numbers))[..., 0]
+    own = view.groups.broadcast(numbers)
+    return _in_image(own, view.groups, num_tokens, NOT_SEEN)[..., 0]
+
+
+def _in_image(
+    tokens: Shaped[Tensor, "B n D"], groups: TokenGroups, num_tokens: int, absent: float
+) -> Shaped[Tensor, "B N D"]:
+    """Tokens in image order, with a number in the place of those that are dropped."""
+    if tokens.shape[1] == num_tokens:
+        return groups.restore(tokens)
+    assert groups.order is not None, "only of several groups one is dropped"
+    whole = tokens.new_full((len(tokens), num_tokens, tokens.shape[2]), absent)
+    return whole.scatter(1, groups.order[..., None].expand_as(tokens), tokens)
 
 
 def pixels(
@@ -172,8 +198,9 @@ def draw_diagram(seen: SeenImage, title: str) -> str:
             axis.set_title(heading, loc="left")
         _show(clean, as_array(seen.clean))
         _caption(clean, "clean")
-        sizes = seen.student.groups.bincount().tolist()
-        if len(sizes) > 1:
+        members = seen.student.groups
+        sizes = members[members != NOT_SEEN].bincount().tolist()
+        if len(sizes) > 1 or sum(sizes) < len(members):
             _show(groups, _tint(seen.student, alpha=200))
             _caption(groups, "tokens", sizes)
         else:
@@ -193,7 +220,7 @@ def _draw_view(axes: Sequence[Axes], name: str, view: SeenView) -> None:
     _show(image, _tint(view, alpha=70), extent=image.images[0].get_extent())
     _caption(image, name, [f"{t:.2f}" for t in view.timesteps])
     _show(mask, _mask(view))
-    _caption(mask, "full" if view.attends.all() else "within groups")
+    _caption(mask, "full" if view.whole else "within groups")
 
 
 def _show(axis: Axes, picture: np.ndarray[Any, Any], **options: Any) -> None:
@@ -237,8 +264,7 @@ def _rgb(group: int) -> list[int]:
 
 def as_array(image: UInt8[Tensor, "C H W"]) -> np.ndarray[Any, Any]:
     """Bytes as matplotlib shows them: (H, W) for one channel, else (H, W, 3)."""
-    picture = image.permute(1, 2, 0).numpy()
-    return picture[..., 0] if picture.shape[2] == 1 else picture[..., :3]
+    return visible(image.permute(1, 2, 0).numpy())
 
 
 def _tint(view: SeenView, alpha: int) -> np.ndarray[Any, Any]:
@@ -256,7 +282,7 @@ def _mask(view: SeenView) -> np.ndarray[Any, Any]:
     stride = -(-len(view.attends) // MASK_SIDE)
     attends = view.attends[::stride, ::stride].numpy()
     rows = view.groups[::stride].tolist()
-    grouped = not attends.all()
+    grouped = not view.whole
     mask = np.zeros((*attends.shape, 4), np.uint8)
     for row, group in enumerate(rows):
         mask[row, attends[row]] = [*(_rgb(group) if grouped else [128] * 3), 255]
@@ -268,7 +294,6 @@ ABOUT = About(
     question="What do student and teacher see of an image?",
     definition="A held-out image noised as in training by the recipe’s own settings, with its true groups "
     "and masks (the paper’s Figures 1 to 3); only the timesteps are set, far apart so that they can be seen.",
-    needs_all_tokens=True,
 )
 
 

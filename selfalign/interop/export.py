@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from selfalign.backbones.diffusers.model import Adapter, save_folder
 from selfalign.backbones.sit.model import SiT
 from selfalign.card import model_card
 from selfalign.data.latents.autoencoder import Decoder, store_autoencoder
@@ -34,8 +35,9 @@ def export_run(
     Args:
         run: from `load_run`.
         folder: new or empty.
-        format: `diffusers`, a pipeline of its own; `safetensors`, which `SiT.from_pretrained` opens; `sit`,
-            weights in SiT's naming, time and sign.
+        format: `diffusers`, a pipeline of its own, or of a transformer of diffusers the folder that it
+            came from, with new weights; `safetensors`, which `SiT.from_pretrained` opens; `sit`, weights in
+            SiT's naming, time and sign.
         licence: of the weights; left out: that of the weights they came from.
         vae: whether a diffusers folder of latents gets the autoencoder.
 
@@ -45,10 +47,21 @@ def export_run(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already: allowed is a new or an empty folder")
     model = run.model
+    if isinstance(model, Adapter) and format == "diffusers":
+        require_writable(folder.parent)
+        if folder.exists():
+            folder.rmdir()
+        write_whole(folder, lambda place: save_folder(model, place))
+        return folder
     if not isinstance(model, SiT) or model.predicts != "velocity" or len(model.image_size) != 2:
         raise UserError(
             f"{run.folder} has the backbone {run.config.model.backbone!r} for samples of "
-            f"{len(model.image_size)} axes: exported are SiTs of images"
+            f"{len(model.image_size)} axes: exported are SiTs of images, and transformers of diffusers to "
+            "the format diffusers"
+        )
+    if model.condition.attends:
+        raise UserError(
+            f"{run.folder} reads texts: no format of export holds its encoder; load_run opens it"
         )
     require_writable(folder.parent)
     facts = card_facts(run, licence)

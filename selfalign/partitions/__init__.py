@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from selfalign.flow import Path
     from selfalign.network import Backbone, Tap
     from selfalign.randomness import Share
-    from selfalign.tokens import TokenGrid
+    from selfalign.tokens import TokenGrid, TokenGroups
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Ungrouped:
     generator: Generator
     """The step's, for `uniform` and `integers`."""
     x0: Float[Tensor, "B C *sides"] | None = None
-    """The clean samples; None where only shapes are known."""
+    """The clean samples, NaN beyond the end of those that end early; None where only shapes are known."""
     noise: Float[Tensor, "B C *sides"] | None = None
     """The step's."""
     path: Path | None = None
@@ -44,6 +44,8 @@ class Ungrouped:
     """Of every sample, for the teacher."""
     share: Share | None = None
     """Which of the samples that a step draws for these are; None: all."""
+    padded: bool = False
+    """Whether samples are of unequal lengths."""
 
     @property
     def device(self) -> torch.device:
@@ -69,44 +71,57 @@ class Ungrouped:
         return drawn if self.share is None else self.share.own(drawn)
 
     def teacher_features(self, tap: Tap, timestep: float) -> Float[Tensor, "B N D"] | None:
-        """The teacher's features of the whole samples at one timestep, in image order; None without one."""
+        """The teacher's features of the whole samples at one timestep, in image order; None without one.
+
+        Of tokens that are not there: the mean of the others.
+        """
         import torch
 
         if self.teacher is None or self.x0 is None:
             return None
-        tokens, timesteps, groups = self._seen(timestep)
+        tokens, _, timesteps, groups = self._seen(timestep)
         with torch.no_grad():
-            features = self.teacher.features(tokens, timesteps, self.condition, groups, (tap,))
-        return features[tap]
+            made = self.teacher.features(tokens, timesteps, self.condition, groups, (tap,))
+        features = made[tap]
+        if groups.present is None:
+            return features
+        there = groups.present[..., None]
+        total = features.masked_fill(~there, 0).sum(dim=1, keepdim=True)
+        return torch.where(there, features, total / there.sum(dim=1, keepdim=True))
 
     def teacher_errors(self, timestep: float) -> Float[Tensor, "B N"] | None:
-        """The teacher's squared velocity error of every token (Eq. 2), in image order; None without one."""
+        """The teacher's squared velocity error of every token (Eq. 2), in image order; None without one.
+
+        Of tokens that are not there: 0.
+        """
         import torch
 
         if self.teacher is None or self.x0 is None:
             return None
-        tokens, timesteps, groups = self._seen(timestep)
-        clean, noise, path = self._ends()
-        target = path.velocity(clean, noise, timesteps[..., None])
+        tokens, target, timesteps, groups = self._seen(timestep)
         with torch.no_grad():
             velocity = self.teacher(tokens, timesteps, self.condition, groups).velocity
-        return (velocity[..., : target.shape[2]] - target).square().mean(dim=2)
+        errors = (velocity[..., : target.shape[2]] - target).square().mean(dim=2)
+        return errors if groups.present is None else errors.masked_fill(~groups.present, 0)
 
-    def _seen(self, timestep: float) -> tuple[Any, Any, Any]:
-        """The noised whole samples, their timestep, and one group."""
+    def _seen(self, timestep: float) -> tuple[Tensor, Tensor, Tensor, TokenGroups]:
+        """The noised whole samples, the velocity there, their timestep, and one group."""
         import torch
 
-        from selfalign.tokens import one_group
+        from selfalign.tokens import TokenGroups, without_padding
 
-        timesteps = torch.full((self.samples, 1), timestep, device=self.device)
-        clean, noise, path = self._ends()
-        tokens = path.interpolate(clean, noise, timesteps[..., None])
-        return tokens, timesteps, one_group(self.grid.num_tokens)
-
-    def _ends(self) -> tuple[Float[Tensor, "B N P"], Float[Tensor, "B N P"], Path]:
-        """Clean tokens, noise, and the path between them."""
         assert self.x0 is not None and self.noise is not None and self.path is not None
-        return self.grid.patchify(self.x0), self.grid.patchify(self.noise), self.path
+        timesteps = torch.full((self.samples, 1), timestep, device=self.device)
+        clean, noise, present = self.grid.patchify(self.x0), self.grid.patchify(self.noise), None
+        if self.padded:
+            clean, there = without_padding(clean)
+            noise, present = noise.masked_fill(~there, 0), there.any(dim=2)
+        groups = TokenGroups(None, (self.grid.num_tokens,), present=present)
+        t = timesteps[..., None]
+        tokens, velocity = (
+            made(clean, noise, t) for made in (self.path.interpolate, self.path.velocity)
+        )
+        return tokens, velocity, timesteps, groups
 
 
 @dataclass(frozen=True)

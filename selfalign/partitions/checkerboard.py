@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from selfalign.partitions import Partition
 from selfalign.parts import register
@@ -30,6 +30,16 @@ class Checkerboard(Partition):
     def check(self) -> None:
         """Limits of the numbers."""
         self.require_number("field", 1, 1e6, "a number from 1")
+
+    def check_in(self, config: Any) -> None:
+        """There must be two fields."""
+        grid = getattr(config.model, "grid", None)
+        if grid is None:  # the data's shapes are not known yet
+            return
+        tokens = max(grid.shape)
+        self.require(
+            self.field < tokens, "field", f"of {tokens} tokens that is one field; allowed is less"
+        )
 
     def order(self, batch: Ungrouped) -> Int[Tensor, "B N"]:
         """Tokens by colour, and within a colour at random."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from selfalign.errors import UserError
@@ -160,6 +160,10 @@ def generate(
         elif lengths is not None:
             ends = torch.tensor([lengths[i % len(lengths)] for i in indices], device=device)
             groups = _lengths(model, ends)
+        there = None
+        if ends is not None:
+            places = torch.arange(shape[1], device=device).view(1, 1, -1, *[1] * (len(shape) - 2))
+            there = places < ends.view(-1, *[1] * len(shape))
         images = _solve(
             model,
             path,
@@ -169,15 +173,15 @@ def generate(
             groups,
             lambda step: draw(),
             None if watch is None else functools.partial(watch, indices),
+            there,
         )
         if not bool(images.isfinite().all()):
             raise UserError(
                 f"samples {indices.start} to {indices.stop - 1} are not finite: the model has diverged, or "
                 f"is guided too strongly (guidance_scale is {config.guidance_scale:g})"
             )
-        if ends is not None:
-            places = torch.arange(shape[1], device=device).view(1, 1, -1, *[1] * (len(shape) - 2))
-            images = images.masked_fill(places >= ends.view(-1, *[1] * len(shape)), torch.nan)
+        if there is not None:
+            images = images.masked_fill(~there, torch.nan)
         yield Samples(indices, images, chosen)
 
 
@@ -236,8 +240,13 @@ def _solve(
     groups: Callable[[int], TokenGroups] | None,
     step_noise: Callable[[int], Tensor],
     watch: Callable[[int, Tensor], None] | None = None,
+    there: Bool[Tensor, "B 1 *#sides"] | None = None,
 ) -> Float[Tensor, "B C H W"]:
-    """Samples from noise. Arguments as for `generate`, `GuidedModel` and `Solver.solve`."""
+    """Samples from noise. Arguments as for `generate`, `GuidedModel` and `Solver.solve`.
+
+    Args:
+        there: which values of a sample are there, where it ends early; None: all.
+    """
     device, solver = model.device, config.make_solver()
     condition = labels.to(device)
     guided: StepVelocity = GuidedModel(
@@ -249,12 +258,27 @@ def _solve(
         config.internal_guidance,
         solver.predicts,
     )
+    if there is not None:
+        guided = _Ending(guided, there)
     if watch is not None:
         guided = _Watched(guided, watch)
     # MPS has no float64.
     noise = noise.to(device, torch.float32 if device.type == "mps" else torch.float64)
     with torch.no_grad():
         return solver.solve(guided, noise, config.steps, PATHS[path], step_noise).float()
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """Velocities of samples that end early: beyond their end the model sees zeros, as in training."""
+
+    inner: StepVelocity
+    there: Tensor
+
+    def at(self, step: int, t_start: float) -> Velocity:
+        """See `StepVelocity.at`."""
+        velocity = self.inner.at(step, t_start)
+        return lambda x, t: velocity(x.masked_fill(~self.there, 0), t)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from selfalign.data.shapes import to_uint8
 from selfalign.disk import write_whole
-from selfalign.sampling.pictures import draw_grids, save, shown, tile
+from selfalign.sampling.pictures import draw_grids, save, shown, tile, visible
 
 MILLISECONDS = 120
 """Each frame of a moving picture is shown for so long."""
@@ -63,13 +64,20 @@ def draw_lines(
     for row, (name, signals) in zip(axes, panels.items(), strict=True):
         for column, axis in enumerate(row):
             for signal in signals[column::count]:
-                for channel, values in enumerate(signal.float().cpu()):
-                    axis.plot(values.numpy(), color=f"C{channel % 10}", alpha=0.5, linewidth=0.8)
+                draw_signal(axis, signal)
             axis.set_title(shown(columns[column], 24), fontsize=8)
             axis.tick_params(labelsize=6)
             axis.grid(alpha=0.3)
         row[0].set_ylabel(name, fontsize=8)
     save(path, figure)
+
+
+def draw_signal(axis: Axes, signal: Float[Tensor, "C L"]) -> None:
+    """One signal's channels as lines; of a single value, which makes no line, as dots."""
+    for channel, values in enumerate(signal.float().cpu()):
+        mark = "." if int(values.isfinite().sum()) == 1 else ""
+        colour = f"C{channel % 10}"
+        axis.plot(values.numpy(), marker=mark, color=colour, alpha=0.5, linewidth=0.8)
 
 
 def draw_moving(path: Path, videos: Float[Tensor, "M C T H W"], columns: int) -> None:
@@ -101,13 +109,13 @@ def draw_moving(path: Path, videos: Float[Tensor, "M C T H W"], columns: int) ->
 
 
 def draw_captioned(
-    path: Path, images: Float[Tensor, "M C H W"], captions: Sequence[str], title: str
+    path: Path, images: Float[Tensor, "M C *sides"], captions: Sequence[str], title: str
 ) -> None:
-    """Save images in a grid, each above its caption.
+    """Save samples in a grid, each above its caption.
 
     Args:
         path: the picture's file.
-        images: in [-1, 1], or samples of another kind, drawn as pictures.
+        images: in [-1, 1], or samples of another kind: signals as lines, videos as pictures.
         captions: one per image.
         title: stands above all.
     """
@@ -117,13 +125,19 @@ def draw_captioned(
     figure = Figure(figsize=size, dpi=144, layout="constrained")
     figure.suptitle(shown(title), fontsize=9)
     axes = figure.subplots(rows, columns, squeeze=False).flat
-    pictures = to_uint8(images.float()).permute(0, 2, 3, 1).cpu().numpy()
+    signals = images.ndim == 3
+    pictures = None if signals else to_uint8(images.float()).permute(0, 2, 3, 1).cpu().numpy()
     for index, axis in enumerate(axes):
-        axis.axis("off")
-        if index < len(pictures):
-            picture = pictures[index]
-            picture = picture[..., 0] if picture.shape[2] == 1 else picture
+        if index >= len(images):
+            axis.axis("off")
+            continue
+        if pictures is None:
+            draw_signal(axis, images[index])
+            axis.set(xticks=[], yticks=[], ylim=(-1.1, 1.1))
+        else:
+            axis.axis("off")
+            picture = visible(pictures[index])
             axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            lines = textwrap.wrap(shown(captions[index]), CAPTION_WIDTH)[:2]
-            axis.set_title("\n".join(lines), fontsize=6, y=-0.02, va="top")
+        lines = "\n".join(textwrap.wrap(shown(captions[index]), CAPTION_WIDTH)[:2])
+        axis.text(0.5, -0.04, lines, fontsize=6, ha="center", va="top", transform=axis.transAxes)
     save(path, figure)

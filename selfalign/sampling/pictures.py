@@ -140,6 +140,14 @@ def draw_samples(
         draw_grids(path, {"": tensors[:count]}, [""] * columns, title)
 
 
+def visible(image: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """What is shown of an image (…, C): its three colours, or one channel as grey.
+
+    Of other numbers of channels than 1 and 3 that is the first three, or the first alone.
+    """
+    return image[..., :3] if image.shape[-1] >= 3 else image[..., 0]
+
+
 def tile(images: UInt8[Tensor, "M C H W"], columns: int) -> "np.ndarray[Any, Any]":
     """One picture (height, width[, 3]) of all images, row by row, with a white line between them."""
     count, channels, height, width = images.shape
@@ -149,7 +157,7 @@ def tile(images: UInt8[Tensor, "M C H W"], columns: int) -> "np.ndarray[Any, Any
         top = (index // columns) * (height + 1) + 1
         left = (index % columns) * (width + 1) + 1
         canvas[top : top + height, left : left + width] = image
-    return canvas[..., 0] if channels == 1 else canvas[..., :3]
+    return visible(canvas)
 
 
 def draw_rows(path: Path, images: "np.ndarray[Any, Any]", columns: int) -> None:
@@ -178,7 +186,7 @@ def write_pngs(folder: Path, images: "np.ndarray[Any, Any]") -> None:
     def write(partial: Path) -> None:
         partial.mkdir()
         for number, image in enumerate(images):
-            Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(
+            Image.fromarray(np.ascontiguousarray(visible(image))).save(
                 partial / f"{number:06d}.png"
             )
 

@@ -54,7 +54,8 @@ def register(grid: Grid, distance: str, seeds: int) -> Registration | None:
     detectable = {}
     for effect in claimed:
         judging = grid.judging(effect, seeds)
-        if degrees := (len(grid.pool(effect)) - 1) * (judging - 1):
+        degrees = (len(grid.pool(effect)) - 1) * (judging - 1)
+        if degrees > 0:  # of one seed, or half of one, nothing can be told
             error = unit_error(effect.weights, judging)
             detectable[effect.title] = smallest_detectable(error, degrees, LEVEL / tests)
     margins = {metric: MARGINS.get(metric, 0.05) for metric in metrics}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from selfalign.parts import Part
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
     from torch import Generator, Tensor, nn
 
     from selfalign.config import ResolvedConfig, RunConfig
@@ -25,6 +25,7 @@ def over_groups(
     groups: TokenGroups,
     weights: tuple[float, ...],
     *features: Float[Tensor, "B N D"],
+    counted: Float[Tensor, "B N"] | None = None,
 ) -> Tensor:
     """Σ w_k·n_k·loss(group k) / Σ w_k·n_k: a mean over tokens that weighs each by its group.
 
@@ -33,9 +34,11 @@ def over_groups(
         groups: that the features are in.
         weights: of the groups; those of weight 0 are not scored. None at all: every token counts the same.
         features: what is compared, in group order.
+        counted: of samples of unequal lengths, how much of each token counts; None: all that are there.
     """
     if groups.present is not None:
-        return _over_present(loss, groups, groups.present, weights, *features)
+        there = groups.present if counted is None else counted
+        return _over_present(loss, groups, groups.present, there, weights, *features)
     if not weights:
         return loss(*features)
     shares = [w * n for w, n in zip(weights, groups.sizes, strict=False)]
@@ -48,6 +51,7 @@ def _over_present(
     loss: Callable[..., Tensor],
     groups: TokenGroups,
     present: Tensor,
+    counted: Tensor,
     weights: tuple[float, ...],
     *features: Tensor,
 ) -> Tensor:
@@ -60,10 +64,35 @@ def _over_present(
     total = count = present.new_zeros((), dtype=held[0].dtype)
     for weight, part in weighed:
         found = loss(*(values[:, part] for values in held))
-        there = present[:, part].sum(dim=1).to(found.dtype)
+        there = counted[:, part].sum(dim=1).to(found.dtype)
         total = total + weight * (part.stop - part.start) * found
         count = count + weight * (there if found.ndim else there.mean())
     return total / count.clamp(min=1e-6)
+
+
+def over_values(
+    groups: TokenGroups,
+    weights: tuple[float, ...],
+    there: Bool[Tensor, "B N P"] | None,
+    velocity: Float[Tensor, "B N P"],
+    target: Float[Tensor, "B N P"],
+) -> Float[Tensor, B]:
+    """`velocity_error` over groups, per sample: of a token that ends early over the values that it has.
+
+    Args:
+        groups, weights: as for `over_groups`.
+        there: which values are there; None: all.
+        velocity, target: in group order.
+    """
+    import torch
+
+    from selfalign.flow import velocity_error
+
+    if there is None:
+        return over_groups(velocity_error, groups, weights, velocity, target)
+    velocity = torch.where(there, velocity, target)
+    counted = there.to(velocity.dtype).mean(dim=2)
+    return over_groups(velocity_error, groups, weights, velocity, target, counted=counted)
 
 
 def check_group_weights(term: Term, weights: tuple[float, ...], config: Any) -> None:

@@ -109,6 +109,11 @@ class Alignment(Term):
     def check_in(self, config: Any) -> None:
         """The block must be there, and a weight per group."""
         self.tap(config)
+        self.require(
+            not (config.padded and self.distance == "cosine-over-tokens"),
+            "distance",
+            "it runs over all tokens, and samples are of unequal lengths; allowed are the others",
+        )
         check_group_weights(self, self.group_weights, config)
 
     def tap(self, config: RunConfig) -> Tap:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from selfalign.parts import register
-from selfalign.terms import Term, over_groups
+from selfalign.terms import Term, over_values
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -48,12 +48,12 @@ class Contrastive(Term):
 
         Of samples of unequal lengths over the places that both have.
         """
-        from selfalign.flow import velocity_error
-
         groups, negatives = forward.views.groups, forward.draw.more[NEGATIVES]
-        targets = groups.sort(groups.restore(forward.views.target)[negatives])
-        if groups.present is not None:
-            theirs = groups.restore(groups.present[..., None].to(targets))[negatives]
-            both = groups.present & (groups.sort(theirs)[..., 0] > 0)
-            groups = replace(groups, present=both)
-        return -over_groups(velocity_error, groups, (), forward.output.velocity, targets)
+
+        def theirs(tokens: Tensor) -> Tensor:
+            return groups.sort(groups.restore(tokens)[negatives])
+
+        targets, there = theirs(forward.views.target), forward.views.there
+        if there is not None:
+            there = there & (theirs(there.to(targets)) > 0)
+        return -over_values(groups, (), there, forward.output.velocity, targets)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from selfalign.parts import register
-from selfalign.terms import Term, check_group_weights, over_groups
+from selfalign.terms import Term, check_group_weights, over_values
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -35,13 +35,5 @@ class Denoising(Term):
 
     def __call__(self, forward: Pass) -> Float[Tensor, B]:
         """The mean over tokens and channels, per sample."""
-        from selfalign.flow import velocity_error
-
-        views = forward.views
-        return over_groups(
-            velocity_error,
-            views.groups,
-            self.group_weights,
-            forward.output.velocity,
-            views.target,
-        )
+        views, velocity = forward.views, forward.output.velocity
+        return over_values(views.groups, self.group_weights, views.there, velocity, views.target)

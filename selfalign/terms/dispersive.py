@@ -62,14 +62,15 @@ class Dispersive(Term):
         z = groups.restore(features).float()
         with full_precision(z.device):
             if groups.present is None:
-                flat, count = z.flatten(1), z[0].numel()
+                flat = z.flatten(1)
                 squares = flat.square().sum(dim=1)
                 distance = squares[:, None] + squares - 2 * flat @ flat.t()
+                scaled = distance.clamp(min=0) / (flat.shape[1] * self.temperature)
             else:
                 there = groups.restore(groups.present[..., None].to(z))
-                flat, there = (z * there).flatten(1), there[..., 0]
-                count = (there @ there.t()) * z.shape[2]
-                squares = (z * there[..., None]).square().sum(dim=2) @ there.t()
+                flat, place = (z * there).flatten(1), there[..., 0]
+                squares = (z * there).square().sum(dim=2) @ place.t()
                 distance = squares + squares.t() - 2 * flat @ flat.t()
-        scaled = distance.clamp(min=0) / (count * self.temperature)
+                count = (place @ place.t()) * z.shape[2]
+                scaled = distance.clamp(min=0) / (count * self.temperature)
         return scaled.neg().exp().mean().log()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfalign.backbones import find_tap
 from selfalign.parts import register
-from selfalign.terms import Term, over_groups
+from selfalign.terms import Term, over_values
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -52,8 +52,6 @@ class EarlyVelocity(Term):
 
     def __call__(self, forward: Pass) -> Float[Tensor, B]:
         """The same target as denoising has, per sample."""
-        from selfalign.flow import velocity_error
-
         (name,) = self.head_names(forward.config)
         views, velocity = forward.views, forward.output.projected[name]
-        return over_groups(velocity_error, views.groups, (), velocity, views.target)
+        return over_values(views.groups, (), views.there, velocity, views.target)

@@ -7,10 +7,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selfalign.data.source import Split
-from selfalign.flow import PATHS, velocity_error
+from selfalign.flow import PATHS
 from selfalign.network import Backbone
 from selfalign.randomness import make_generator
-from selfalign.terms import over_groups
+from selfalign.terms import over_values
 from selfalign.tokens import TokenGroups, group_sizes, one_group, without_padding
 from selfalign.views import noised
 
@@ -165,10 +165,12 @@ def _errors(
 ) -> Float[Tensor, "B"]:
     path = PATHS[path_name]
     clean, epsilon = (groups.sort(model.grid.patchify(samples)) for samples in (x0, noise))
+    there = None
     if padded:
-        clean, present = without_padding(clean)
-        groups = replace(groups, present=present)
+        clean, there = without_padding(clean)
+        epsilon = epsilon.masked_fill(~there, 0)
+        groups = replace(groups, present=there.any(dim=2))
     view = noised(clean, epsilon, path, t, groups)
     target = path.velocity(clean, epsilon, groups.broadcast(t[..., None]))
     output = model(view.tokens, view.timesteps, labels.to(t.device), groups)
-    return over_groups(velocity_error, groups, (), output.velocity, target)
+    return over_values(groups, (), there, output.velocity, target)

@@ -275,6 +275,10 @@ class TestTraining:
         resume_run(tmp_path / "run", 6, lambda state, values: None, **quiet)
         run = load_run(tmp_path / "run", "raw")
         save_folder(run.model, tmp_path / "back")
+        words = ["export", str(tmp_path / "run"), str(tmp_path / "exported"), "--weights", "raw"]
+        assert main([*words, "--format", "diffusers"]) == 0
+        for file in (tmp_path / "back").iterdir():
+            assert file.read_bytes() == (tmp_path / "exported" / file.name).read_bytes()
         back, pretrained = load_folder(str(tmp_path / "back"), kind)
         assert pretrained
         held = run.model.model.state_dict()

@@ -170,6 +170,45 @@ class TestTransformers:
         with pytest.raises(UserError, match=f"lack {name}"):
             model_of(**{"conditions.text.encoder": f"transformers:{folder}"})
 
+    def test_captions_longer_than_it_reads_are_one_line(self, encoder, tmp_path):
+        transformers = pytest.importorskip("transformers")
+        folder = shutil.copytree(encoder, tmp_path / "bert")
+        settings = transformers.BertConfig(
+            vocab_size=8, hidden_size=12, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=16, max_position_embeddings=16,
+        )  # fmt: skip
+        transformers.BertModel(settings).save_pretrained(folder)
+        changes = {"conditions.text.encoder": f"transformers:{folder}"}
+        with pytest.raises(UserError, match=r"conditions\.text\.length 32 tokens") as error:
+            model_of(**changes)
+        assert "\n" not in str(error.value)
+        model_of(**changes, **{"conditions.text.length": 16})
+
+    @pytest.mark.parametrize("changed", [{"padding_side": "left"}, {"pad_token": None}], ids=str)
+    def test_whatever_it_fills_up_with_is_not_there(self, encoder, tmp_path, changed):
+        transformers = pytest.importorskip("transformers")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(encoder)
+        for name, value in changed.items():
+            setattr(tokenizer, name, value)
+        tokenizer.eos_token = "[UNK]"
+        folder = shutil.copytree(encoder, tmp_path / "t5")
+        tokenizer.save_pretrained(folder)
+        _, model = model_of(**{"conditions.text.encoder": f"transformers:{folder}"})
+        present = model.y_embedder.present
+        assert present[:2].sum(dim=1).tolist() == [2, 2] and present[:2, :2].all()
+        assert present[4].sum() == 1  # the empty caption
+
+    def test_more_words_than_it_knows_are_one_line(self, encoder, tmp_path):
+        transformers = pytest.importorskip("transformers")
+        folder = shutil.copytree(encoder, tmp_path / "t5")
+        settings = transformers.T5Config(
+            vocab_size=3, d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2
+        )
+        transformers.T5EncoderModel(settings).save_pretrained(folder)
+        with pytest.raises(UserError, match="it cannot read captions") as error:
+            model_of(**{"conditions.text.encoder": f"transformers:{folder}"})
+        assert "\n" not in str(error.value)
+
     def test_models_that_read_alone_are_taken_whole(self, encoder, tmp_path):
         transformers = pytest.importorskip("transformers")
         folder = shutil.copytree(encoder, tmp_path / "bert")
@@ -220,6 +259,44 @@ def test_a_run_reads_captions_and_draws_prompts(tmp_path: Path, capsys):
     both = ["--prompts", "x", "--labels", "1"]
     assert main([*arguments, "--out", str(tmp_path / "none"), *both]) == 2
     assert "one of them" in capsys.readouterr().err
+
+
+def test_without_anything_to_read_no_run_begins(tmp_path: Path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((20, 1, 8, 8), np.uint8))
+    settings = {**SMALL, "model.condition": "text", "data.name": "arrays"}
+    config = recipe("sra-dts-as", {**settings, "data.root": str(tmp_path / "a.npz")})
+    with pytest.raises(UserError, match="neither captions nor labels"):
+        start_run(config, tmp_path / "run", lambda state, values: None)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("sides", [(8,), (4, 4, 4)], ids=str)
+def test_captioned_samples_of_other_kinds_are_drawn(tmp_path: Path, sides):
+    generator = np.random.default_rng(0)
+    samples = generator.normal(size=(20, 1, *sides)).astype(np.float32)
+    np.savez(tmp_path / "a.npz", samples=samples, captions=np.array(["a", "b"] * 10))
+    settings = {**SMALL, "model.condition": "text", "data.name": "arrays"}
+    settings |= {"data.root": str(tmp_path / "a.npz"), "training.steps": 1}
+    start_run(recipe("sit", settings), tmp_path / "run", lambda state, values: None)
+    arguments = ["sample", str(tmp_path / "run"), "--num", "2", "--steps", "1", "--prompts", "a"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out/grid.png").stat().st_size > 2000
+
+
+@pytest.mark.parametrize("form", ["diffusers", "safetensors", "sit"])
+def test_no_form_of_export_holds_what_reads(tmp_path: Path, capsys, form):
+    np.savez(
+        tmp_path / "a.npz",
+        images=np.zeros((20, 1, 8, 8), np.uint8),
+        captions=np.array(["a", "b"] * 10),
+    )
+    settings = {**SMALL, "model.condition": "text", "data.name": "arrays"}
+    settings |= {"data.root": str(tmp_path / "a.npz"), "training.steps": 1}
+    quiet = {"monitors": ()}
+    start_run(recipe("sit", settings), tmp_path / "run", lambda state, values: None, **quiet)
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--format", form]) == 2
+    assert "reads texts" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_prompts_need_a_model_that_reads(small_run: Path, tmp_path: Path, capsys):

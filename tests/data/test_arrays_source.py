@@ -107,6 +107,14 @@ def test_other_names_channels_last_and_captions(tmp_path):
     assert len(source.heldout) == 5
 
 
+def test_labels_that_are_named_win_over_captions(tmp_path):
+    write(tmp_path / "a.npz", captions=np.array([f"text {k}" for k in range(40)]))
+    assert opened(tmp_path / "a.npz").num_classes == 40
+    assert opened(tmp_path / "a.npz", labels="labels").class_names == ("0", "1", "2", "3")
+    with pytest.raises(UserError, match="labels or captions, not both"):
+        opened(tmp_path / "a.npz", labels="labels", captions="captions")
+
+
 def test_whole_numbers_are_classes_in_their_order(tmp_path):
     write(tmp_path / "a.npz", labels=np.array([-1, 2, 10, 3] * 10))
     assert opened(tmp_path / "a.npz").class_names == ("-1", "2", "3", "10")

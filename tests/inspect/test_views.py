@@ -7,7 +7,7 @@ import torch
 from support import RECIPE_NAMES, resolved
 
 from selfalign.errors import UserError
-from selfalign.inspect.views import COLOURS, HIGHEST, LOWEST, draw_diagram, see_views
+from selfalign.inspect.views import COLOURS, HIGHEST, LOWEST, NOT_SEEN, draw_diagram, see_views
 from selfalign.randomness import make_generator
 
 HREF = "{http://www.w3.org/1999/xlink}href"
@@ -52,6 +52,22 @@ def test_whole_images_stand_beside_the_others() -> None:
     assert whole.whole and not other.whole
     assert whole.student.attends.all() and not other.student.attends.all()
     assert whole.student.timesteps == pytest.approx((LOWEST,))
+
+
+@pytest.mark.parametrize("ratios", [(0.25, 0.5, 0.25), (0.5, 0.5)], ids=str)
+@pytest.mark.parametrize("name", ["sra-dts-as", "sra-dts", "self-flow", "sit"])
+def test_tokens_that_are_dropped_are_left_out(name: str, ratios: tuple[float, ...]) -> None:
+    (seen,) = see(name, views__mask_ratios=ratios, views__hidden_groups=1)
+    groups, kept = seen.student.groups, len(ratios) - 1
+    dropped = groups == NOT_SEEN
+    assert int(dropped.sum()) == round(16 * ratios[-1])
+    assert groups[~dropped].bincount().tolist() == [round(16 * r) for r in ratios[:-1]]
+    assert not seen.student.attends[dropped].any() and not seen.student.attends[:, dropped].any()
+    together = kept == 1 or name != "sra-dts-as"
+    assert seen.student.whole == together and len(seen.student.timesteps) == kept
+    by_token = seen.student.image[0].reshape(4, 2, 4, 2).permute(0, 2, 1, 3).flatten(0, 1)
+    assert (by_token[dropped] == 128).all() and (by_token[~dropped] != 128).any()
+    assert ElementTree.fromstring(draw_diagram(seen, "dropped")) is not None
 
 
 def test_all_variants_show_the_same_noise() -> None:

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from support import resolved
 
-from selfalign import TokenGrid, make_generator
+from selfalign import TokenGrid, UserError, make_generator
 from selfalign.partitions import Ungrouped
 from selfalign.partitions.blocks import Blocks
 from selfalign.partitions.checkerboard import Checkerboard
@@ -115,6 +116,29 @@ class TestStripes:
         groups = group_of_token(Stripes(), (8, 2), (4, 12), batch=4000)
         share = (groups[:, :, 0] == 0).float().mean(dim=0)
         assert (share - 0.25).abs().max() < 4 * (0.25 * 0.75 / 4000) ** 0.5
+
+    def test_no_token_of_a_shared_stripe_is_always_in_the_same_group(self):
+        groups = group_of_token(Stripes(), (4, 4), (3, 5, 8), batch=4000)
+        share = (groups == 0).float().mean(dim=0)
+        assert (share - 3 / 16).abs().max() < 5 * (3 / 16 * 13 / 16 / 4000) ** 0.5
+
+    @pytest.mark.parametrize(
+        ("settings", "said"),
+        [
+            ({"partitions.stripes.axis": 2}, r"stripes\.axis is 2: the data has 2"),
+            (
+                {"partitions.stripes.width": 8},
+                r"stripes\.width is 8: of 8 tokens that is one stripe",
+            ),
+            (
+                {"views.partition": "checkerboard", "partitions.checkerboard.field": 9},
+                r"checkerboard\.field is 9: of 8 tokens that is one field",
+            ),
+        ],
+    )
+    def test_what_the_grid_does_not_have_is_refused(self, settings, said):
+        with pytest.raises(UserError, match=said):
+            resolved("sra-dts-as", {"views.partition": "stripes", **settings})
 
     @pytest.mark.parametrize("sizes", [(10, 54), (20, 20, 24)])
     def test_at_most_one_stripe_is_shared_between_two_groups(self, sizes):

@@ -6,15 +6,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from support import small_model
 
-from selfalign import make_generator
+from selfalign import make_generator, recipe
 from selfalign.cli import main
+from selfalign.runs.start import start_run
 from selfalign.sampling import pictures
 from selfalign.sampling.generate import generate, interpolate, slerp
 from selfalign.sampling.settings import SamplingConfig
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("sides", [(8, 8), (4, 8, 8)], ids=str)
+def test_any_number_of_channels_is_drawn(tmp_path: Path, channels: int, sides) -> None:
+    samples = np.random.default_rng(0).integers(0, 255, (20, channels, *sides), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", samples=samples, labels=np.arange(20) % 2)
+    settings = {**SMALL, "data.name": "arrays", "data.root": str(tmp_path / "a.npz")}
+    config = recipe("sit", {**settings, "model.size": "tiny/4", "training.steps": 1})
+    start_run(config, tmp_path / "run", lambda state, values: None)
+    assert (tmp_path / "run/samples/step_00000001.png").is_file()
+    more = ["--png", "--trajectory", "gif"] if len(sides) == 2 else []
+    arguments = ["sample", str(tmp_path / "run"), "--num", "4", "--steps", "1", *more]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out/grid.png").is_file()
 
 
 def overlapping(names: list[str], monkeypatch: pytest.MonkeyPatch, path: Path) -> bool:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from reading import (
     WIDTHS,
@@ -22,11 +23,13 @@ from study.synthetic import EFFECT, GRID, SETTINGS, write_synthetic_study
 
 from selfalign.cli.console import parse
 from selfalign.cli.train import TrainArguments
+from selfalign.cli.tree import build_tree, options_of
 from selfalign.errors import UserError
 from selfalign.pages.figures import forest_plot
 from selfalign.recipes import recipe
 from selfalign.study.estimates import Estimate
 from selfalign.study.grid import Effect, Grid, Row, Table, Variant
+from selfalign.study.grids import GRIDS
 from selfalign.study.paper import PAPER, QUESTION
 from selfalign.study.plan import Study, write_study
 from selfalign.study.report import write_report
@@ -239,6 +242,22 @@ class TestOtherStudies:
         text = write_report(tmp_path / "s").read_text()
         assert f"<h1>{QUESTION}</h1>" in text and "paper: FID 800K" in text
 
+    @pytest.mark.parametrize(
+        "name", [n if n == "partitions" else pytest.param(n, marks=pytest.mark.slow) for n in GRIDS]
+    )
+    def test_of_every_grid(self, tmp_path, name):
+        write_synthetic_study(tmp_path / "s", grid=GRIDS[name][0], seeds=(0,))
+        text = write_report(tmp_path / "s").read_text()
+        assert text.count("<svg") > len(GRIDS[name][0].variants)
+
+    @pytest.mark.parametrize("sides", [(8,), (4, 8, 8)], ids=["signals", "videos"])
+    def test_of_other_data_than_images(self, tmp_path, sides):
+        samples = np.random.default_rng(0).normal(size=(20, 1, *sides)).astype(np.float32)
+        np.savez(tmp_path / "a.npz", samples=samples, labels=np.arange(20) % 2)
+        data = {"data.name": "arrays", "data.root": str(tmp_path / "a.npz")}
+        write_synthetic_study(tmp_path / "s", settings={**SETTINGS, **data}, seeds=(0, 1))
+        assert "views are drawn of data with two axes" in write_report(tmp_path / "s").read_text()
+
     def test_that_registered_nothing(self, tmp_path):
         """As those of version 0.1.0."""
         write_synthetic_study(tmp_path / "s", registered=False)
@@ -360,12 +379,20 @@ class TestOtherStudies:
 class TestCommands:
     def test_a_runs_command_makes_its_config(self):
         settings = {**SETTINGS, "training.trackers": (), "model.qk_norm": True}
-        study = Study(PAPER, settings, (3,), (0.5,))
-        for job in study.jobs():
+        grids = (PAPER, GRIDS["partitions"][0])
+        both = [Study(grid, settings, (3,), (0.5,)) for grid in grids]
+        for study, job in ((one, job) for one in both for job in one.jobs()):
             program, command, name, *options = shlex.split(train_command(study, job))
             assert (program, command) == ("selfalign", "train")
-            parsed = parse(TrainArguments, options, "train", "", config=recipe(name))
-            assert parsed.config == job.config
+            start = recipe(name)
+            parsed = parse(TrainArguments, options, "train", "", config=options_of(start))
+            assert build_tree(parsed.config, start) == job.config
+
+    def test_every_grids_runs_have_a_command(self):
+        for grid, _ in GRIDS.values():
+            study = Study(grid, SETTINGS, (3,), (1.0,))
+            for job in study.jobs():
+                assert train_command(study, job).startswith("selfalign train "), job.name
 
     def test_a_studys_command_names_what_differs_from_its_profile(self):
         study = Study(

@@ -43,7 +43,8 @@ class Arrays(Source):
     samples: str = ""
     """Name of the array of samples; left out: samples, x, images, signals, videos or arr_0."""
     labels: str = ""
-    """Name of the labels, whole numbers or words; left out: labels, y or arr_1, where there is one."""
+    """Name of the labels, whole numbers or words, which then win over captions; left out: labels, y or arr_1,
+    where there is one."""
     captions: str = ""
     """Name of the captions, which are told to the model by --model.condition text; left out: captions or
     texts, where there is one."""
@@ -55,7 +56,12 @@ class Arrays(Source):
     """Share of the samples that is held out, at random but always the same."""
 
     def check(self) -> None:
-        """Limits of the numbers."""
+        """Limits of the numbers, and one kind of words."""
+        self.require(
+            not (self.labels and self.captions),
+            "labels",
+            "allowed are labels or captions, not both",
+        )
         self.require(0 < self.heldout < 1, "heldout", "allowed is a share above 0, below 1")
 
     @property
@@ -125,8 +131,8 @@ class Arrays(Source):
         """Each sample's caption or label as a word; empty where there are none."""
         import numpy as np
 
-        setting = self.dotted("captions")
-        name = _find(arrays, self.captions, CAPTIONS, setting, path)
+        usual = () if self.labels else CAPTIONS  # labels that are named are meant
+        name = _find(arrays, self.captions, usual, self.dotted("captions"), path)
         if name is None:
             name = _find(arrays, self.labels, LABELS, self.dotted("labels"), path)
         if name is None:

@@ -113,6 +113,8 @@ def view_diagrams(jobs: Sequence[Job]) -> list[Diagram]:
     """
     diagrams = []
     source = open_data(jobs[0].config.data)
+    if len(source.image_size) != 2:
+        raise UserError("views are drawn of data with two axes")
     image = source.heldout.read([SHOWN_IMAGE])[0][0]
     for job in jobs:
         config = resolve(job.config, source.channels, source.image_size, source.num_classes)

@@ -7,6 +7,7 @@ from typing import Any
 
 from selfalign.config import RunConfig, config_to_dict, override
 from selfalign.pages.settings import Settings, compare, flatten
+from selfalign.parts import PartSettings
 from selfalign.recipes import recipe
 from selfalign.study.grids import GRIDS
 from selfalign.study.plan import Job, Study
@@ -56,11 +57,22 @@ def _options(values: Mapping[str, Any]) -> list[str]:
     return words
 
 
+def _changed(start: RunConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a tree's settings, by dotted name, that another tree does not have."""
+
+    def at(name: str) -> Any:
+        held: Any = start
+        for word in name.split("."):  # of parts also those that this tree does not choose
+            held = held[word] if isinstance(held, PartSettings) else getattr(held, word)
+        return list(held) if isinstance(held, tuple) else held
+
+    return {name: value for name, value in values.items() if value != at(name)}
+
+
 def train_command(study: Study, job: Job) -> str:
     """The command that repeats one run, whatever made it."""
     name = study.grid.variants[job.variant].recipe
-    base = flatten(config_to_dict(recipe(name)))
-    changed = {k: v for k, v in flatten(config_to_dict(job.config)).items() if v != base[k]}
+    changed = _changed(recipe(name), flatten(config_to_dict(job.config)))
     out = f"runs/{job.name}"
     if job.after is not None:
         changed["training.start_from"] = f"runs/{job.after.name}"
@@ -72,14 +84,14 @@ def study_command(study: Study) -> str:
     profile = PROFILES.get(study.profile)
     if profile is None or study.seeds != tuple(range(len(study.seeds))):
         return ""
-    base = flatten(config_to_dict(override(RunConfig(), profile.settings)))
+    start = override(RunConfig(), profile.settings)
     given = {
         name: list(value) if isinstance(value, tuple | list) else value
         for name, value in study.settings.items()
         if name.startswith(("data.", "flow.", "model.", "training."))
     }
-    always = ("data.name", "model.size")
-    changed = {k: v for k, v in given.items() if k in always or v != base[k]}
+    always = {name: given[name] for name in ("data.name", "model.size") if name in given}
+    changed = always | _changed(start, given)
     if study.train_fractions != (1.0,):
         changed["data.train_fraction"] = list(study.train_fractions)
     usual = flatten(asdict(profile.measurement), "measurement.")

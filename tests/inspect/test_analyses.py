@@ -8,7 +8,7 @@ from support import resolved
 from selfalign.inspect.analyses import ANALYSES, look
 
 CANNOT = {
-    "a group is dropped": ({"padded": False, "drops_groups": True}, {"views", "alignment"}),
+    "a group is dropped": ({"padded": False, "drops_groups": True}, {"alignment"}),
     "one timestep per sequence": (
         {"padded": False, "mixes_timesteps": False},
         {"timesteps", "attention", "interventions"},

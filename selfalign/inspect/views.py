@@ -59,6 +59,12 @@ class SeenView:
     """Whether the token of the row attends to that of the column (Eq. 8 and 9)."""
 
     @property
+    def sizes(self) -> list[int]:
+        """Tokens of every group that is seen."""
+        sizes: list[int] = self.groups[self.groups != NOT_SEEN].bincount().tolist()
+        return sizes
+
+    @property
     def whole(self) -> bool:
         """Whether all tokens that are seen attend to each other."""
         seen = self.groups != NOT_SEEN
@@ -198,9 +204,8 @@ def draw_diagram(seen: SeenImage, title: str) -> str:
             axis.set_title(heading, loc="left")
         _show(clean, as_array(seen.clean))
         _caption(clean, "clean")
-        members = seen.student.groups
-        sizes = members[members != NOT_SEEN].bincount().tolist()
-        if len(sizes) > 1 or sum(sizes) < len(members):
+        sizes = seen.student.sizes
+        if len(sizes) > 1 or sum(sizes) < len(seen.student.groups):
             _show(groups, _tint(seen.student, alpha=200))
             _caption(groups, "tokens", sizes)
         else:
@@ -323,7 +328,7 @@ def look(subject: "Subject", progress: Progress) -> Section:
         ABOUT,
         charts=charts,
         numbers={
-            "tokens_per_group": [one.student.groups.bincount().tolist() for one in seen],
+            "tokens_per_group": [one.student.sizes for one in seen],
             "attention": ["full" if whole else "within groups" for whole in full],
         },
     )

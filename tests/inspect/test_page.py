@@ -336,3 +336,12 @@ class TestRunsSideBySide:
             assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 2
             assert f"{name} is a folder" in capsys.readouterr().err
             (tmp_path / name).rmdir()
+
+
+def test_a_recipe_that_drops_a_group_shows_its_views(tmp_path: Path) -> None:
+    dropped = {"views.mask_ratios": (0.25, 0.5, 0.25), "views.hidden_groups": 1}
+    config = recipe("sra-dts-as", {**SMALL, "training.steps": 1, **dropped})
+    start_run(config, tmp_path / "run", lambda state, values: None, monitors=())
+    assert main(["inspect", str(tmp_path / "run"), "--only", "views"]) == 0
+    (page,) = (tmp_path / "run").rglob("*.html")
+    assert "<svg" in page.read_text()

@@ -190,14 +190,15 @@ class TokenGroups:
 
 
 def without_padding(
-    tokens: Float[Tensor, "B N P"],
-) -> tuple[Float[Tensor, "B N P"], Bool[Tensor, "B N P"]]:
-    """Tokens of samples whose missing end is NaN: with zeros there, and which of their values are there.
+    clean: Float[Tensor, "B N P"], noise: Float[Tensor, "B N P"]
+) -> tuple[Float[Tensor, "B N P"], Float[Tensor, "B N P"], Bool[Tensor, "B N P"]]:
+    """Tokens of samples whose missing end is NaN, and their noise: zeros there, and which values are there.
 
-    A token is there where any of its values is.
+    Without noise beyond the end too, since in a token that ends early it would be seen. A token is there
+    where any of its values is.
     """
-    missing = tokens.isnan()
-    return tokens.masked_fill(missing, 0), ~missing
+    missing = clean.isnan()
+    return clean.masked_fill(missing, 0), noise.masked_fill(missing, 0), ~missing
 
 
 def one_group(num_tokens: int) -> TokenGroups:

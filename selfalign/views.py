@@ -183,11 +183,8 @@ def make_views(config: ResolvedConfig, x0: Float[Tensor, "B C *sides"], draw: Dr
     )
     clean, noise = (groups.sort(grid.patchify(samples)) for samples in (x0, draw.noise))
     there = None
-    if (
-        config.padded
-    ):  # neither data nor noise where nothing is: in a token that ends early it would be seen
-        clean, there = without_padding(clean)
-        noise = noise.masked_fill(~there, 0)
+    if config.padded:
+        clean, noise, there = without_padding(clean, noise)
         groups = replace(groups, present=there.any(dim=2))
     whole, seen, timesteps = groups.present, (clean, noise), draw.timesteps
     if hidden := views.hidden_groups:

@@ -217,8 +217,9 @@ def test_a_distance_over_all_tokens_is_refused():
 
 
 def test_padding_is_told_from_what_is_there():
-    tokens, there = without_padding(torch.tensor([[[1.0, torch.nan], [torch.nan, torch.nan]]]))
-    assert tokens.tolist() == [[[1, 0], [0, 0]]]
+    clean = torch.tensor([[[1.0, torch.nan], [torch.nan, torch.nan]]])
+    tokens, noise, there = without_padding(clean, torch.full((1, 2, 2), 5.0))
+    assert tokens.tolist() == [[[1, 0], [0, 0]]] and noise.tolist() == [[[5, 0], [0, 0]]]
     assert there.tolist() == [[[True, False], [False, False]]]
     config = padded_config()
     views = make_views(config, samples(), draw_of(config, batch=4))

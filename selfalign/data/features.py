@@ -31,11 +31,20 @@ class Encoded:
         source: the opened data set.
         data: its settings.
         setting: where the encoders are chosen, for messages.
+
+    Raises:
+        UserError: the data is neither grey nor coloured.
     """
 
     def __init__(self, source: DataSource, data: DataConfig, setting: str) -> None:
         self.source, self.data, self.setting = source, data, setting
         self.split, self.positions = _whole(source.train)
+        pixels = not self._has_latents and not isinstance(self.split, StoredSplit)
+        if pixels and source.channels not in (1, 3):  # latents in an array, for one
+            raise UserError(
+                f"{setting}: encoders see images of 1 or 3 channels, and data.name {data.name} has "
+                f"{source.channels}"
+            )
 
     def when(self, words: tuple[str, ...], wanted: When) -> When:
         """When features are computed: once where they are stored or the images are in memory."""
@@ -53,7 +62,6 @@ class Encoded:
         Raises:
             UserError: there is no such encoder, or its features should be stored and are not there.
         """
-        self._require_pictures(word)
         if when == "once" and isinstance(self.split, StoredSplit):
             return self.stored(word).shape
         return probe(open_encoder(word, self.image_side, self.setting), self.image_side)
@@ -65,7 +73,6 @@ class Encoded:
             UserError: there is no such encoder, its features are not there or of other images, or there are
                 no images.
         """
-        self._require_pictures(word)
         if when == "once":
             features = self.stored(word)
             return features.shape, features.encoder_sha256
@@ -76,15 +83,6 @@ class Encoded:
             )
         vision = open_encoder(word, self.image_side, self.setting)
         return probe(vision, self.image_side), encoder_sha256(vision)
-
-    def _require_pictures(self, word: str) -> None:
-        """Refuse data that is neither grey nor coloured, as latents in an array."""
-        pixels = not self._has_latents and not isinstance(self.split, StoredSplit)
-        if pixels and self.source.channels not in (1, 3):
-            raise UserError(
-                f"{self.setting} is {word!r}: encoders see images of 1 or 3 channels, and data.name "
-                f"{self.data.name} has {self.source.channels}"
-            )
 
     @property
     def image_side(self) -> int:

@@ -24,13 +24,7 @@ from selfalign.evaluation.inputs import ImageSet, open_images
 from selfalign.processes import together
 from selfalign.records import write_json
 from selfalign.runs.load import LoadedRun, sampling_record
-from selfalign.sampling.generate import (
-    LABEL_BYTES,
-    Labels,
-    check_sampling,
-    generate,
-    sample_labels,
-)
+from selfalign.sampling.generate import LABEL_BYTES, Labels, check_sampling, generate
 from selfalign.sampling.lengths import draw_lengths
 from selfalign.sampling.settings import SamplingConfig
 
@@ -122,8 +116,8 @@ def plan_samples(
             require_room(folder, size * (num + missing), f"{num:,} samples")
     lengths = None
     if run.config.padded and source is not None:
-        labels = sample_labels(config.labels, run.model.num_classes, sampling.seed, range(num))
-        lengths = draw_lengths(source.train, labels, sampling.seed)
+        classes = run.model.num_classes
+        lengths = draw_lengths(source.train, config.labels, classes, sampling.seed, num)
     return PlannedSamples(run, config.weights, sampling, config.labels, num, shape, folder, lengths)
 
 

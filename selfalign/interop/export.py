@@ -46,13 +46,19 @@ def export_run(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already: allowed is a new or an empty folder")
+    require_writable(folder.parent)
+    write = _writer(run, format, licence, vae)
+    if folder.exists():
+        folder.rmdir()
+    write_whole(folder, write)
+    return folder
+
+
+def _writer(run: LoadedRun, format: Format, licence: str, vae: bool) -> Callable[[Path], None]:
+    """What writes the folder. Arguments and errors as of `export_run`."""
     model = run.model
     if isinstance(model, Adapter) and format == "diffusers":
-        require_writable(folder.parent)
-        if folder.exists():
-            folder.rmdir()
-        write_whole(folder, lambda place: save_folder(model, place))
-        return folder
+        return lambda place: save_folder(model, place)
     if not isinstance(model, SiT) or model.predicts != "velocity" or len(model.image_size) != 2:
         raise UserError(
             f"{run.folder} has the backbone {run.config.model.backbone!r} for samples of "
@@ -63,18 +69,13 @@ def export_run(
         raise UserError(
             f"{run.folder} reads texts: no format of export holds its encoder; load_run opens it"
         )
-    require_writable(folder.parent)
     facts = card_facts(run, licence)
     writers: dict[Format, Callable[[], Callable[[Path], None]]] = {
         "diffusers": lambda: _diffusers(run, model, facts, vae),
         "safetensors": lambda: _safetensors(model, facts),
         "sit": lambda: _sit(model, facts),
     }
-    write = writers[format]()
-    if folder.exists():
-        folder.rmdir()
-    write_whole(folder, write)
-    return folder
+    return writers[format]()
 
 
 def sit_weights(model: SiT) -> dict[str, Tensor]:

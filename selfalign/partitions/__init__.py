@@ -114,8 +114,8 @@ class Ungrouped:
         timesteps = torch.full((self.samples, 1), timestep, device=self.device)
         clean, noise, present = self.grid.patchify(self.x0), self.grid.patchify(self.noise), None
         if self.padded:
-            clean, there = without_padding(clean)
-            noise, present = noise.masked_fill(~there, 0), there.any(dim=2)
+            clean, noise, there = without_padding(clean, noise)
+            present = there.any(dim=2)
         groups = TokenGroups(None, (self.grid.num_tokens,), present=present)
         t = timesteps[..., None]
         tokens, velocity = (

@@ -13,7 +13,7 @@ import torch
 from selfalign.config import ResolvedConfig
 from selfalign.data.source import DataSource
 from selfalign.network import Backbone
-from selfalign.sampling.generate import generate, sample_labels
+from selfalign.sampling.generate import generate
 from selfalign.sampling.lengths import draw_lengths
 from selfalign.sampling.settings import SamplingConfig
 from selfalign.sections import TrainingConfig
@@ -139,8 +139,7 @@ def _samples(
     sampling = SamplingConfig(solver="heun", steps=GRID_STEPS, guidance_scale=scale)
     lengths = None
     if config.padded:
-        chosen = sample_labels(labels, model.num_classes, sampling.seed, range(count))
-        lengths = draw_lengths(source.train, chosen, sampling.seed)
+        lengths = draw_lengths(source.train, labels, model.num_classes, sampling.seed, count)
     batches = generate(
         model, config.flow.path, sampling, count, batch_size=count, labels=labels, lengths=lengths
     )

@@ -162,9 +162,8 @@ class FrozenRun:
         teacher = self.teacher.to(forward.x0.device)
         view, scale = forward.views.student, self.target.guidance
         # No token passes by any of its blocks, whatever the student's do.
-        groups = dataclasses.replace(view.groups, passing=None)
-        if self.target.whole:
-            groups = dataclasses.replace(groups, separate=False)
+        separate = view.groups.separate and not self.target.whole
+        groups = dataclasses.replace(view.groups, passing=None, separate=separate)
 
         def at(condition: Any) -> Tensor:
             tokens, timesteps = view.tokens, view.timesteps

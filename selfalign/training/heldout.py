@@ -167,8 +167,7 @@ def _errors(
     clean, epsilon = (groups.sort(model.grid.patchify(samples)) for samples in (x0, noise))
     there = None
     if padded:
-        clean, there = without_padding(clean)
-        epsilon = epsilon.masked_fill(~there, 0)
+        clean, epsilon, there = without_padding(clean, epsilon)
         groups = replace(groups, present=there.any(dim=2))
     view = noised(clean, epsilon, path, t, groups)
     target = path.velocity(clean, epsilon, groups.broadcast(t[..., None]))

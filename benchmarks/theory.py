@@ -20,6 +20,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from selfalign.partitions import Ungrouped
+from selfalign.parts import get
+from selfalign.randomness import make_generator
+from selfalign.tokens import TokenGrid, group_sizes
+
 Array = np.ndarray[Any, Any]
 HERE = Path(__file__).parent
 MEASURED = HERE / "theory.json"
@@ -69,6 +74,7 @@ def separation_cost(
     shares: Sequence[float] = SHARES,
     t: float | None = None,
     subsets: int = SUBSETS,
+    drawn: Sequence[Sequence[Int[Array, "n"]]] | None = None,
 ) -> tuple[float, float]:
     """The least loss of whole images, and how much larger it is where tokens see their own group alone.
 
@@ -81,6 +87,7 @@ def separation_cost(
         shares: of the groups; rounded to whole tokens.
         t: the timestep; None for the mean over all.
         subsets: random partitions.
+        drawn: other partitions in their place, the groups of each.
     """
     size = len(covariance) // tokens
     counts = [round(share * tokens) for share in shares]
@@ -91,8 +98,8 @@ def separation_cost(
         return float((mean_loss(variances) if t is None else velocity_loss(variances, t)).sum())
 
     whole = loss(np.arange(tokens)) / len(covariance)
-    drawn = partitions(tokens, counts, subsets)
-    apart = sum(loss(group) for groups in drawn for group in groups) / subsets / len(covariance)
+    drawn = drawn or partitions(tokens, counts, subsets)
+    apart = sum(loss(group) for groups in drawn for group in groups) / len(drawn) / len(covariance)
     return whole, apart - whole
 
 
@@ -161,15 +168,27 @@ def digits_covariances() -> dict[str, list[Float[Array, "D D"]]]:
     }
 
 
+def partitioned(name: str, shares: Sequence[float], count: int) -> list[list[Int[Array, "n"]]]:
+    """Groups that a partition of the package makes of the 4×4 tokens of a digit, drawn some times."""
+    grid = TokenGrid((8, 8), 2)
+    sizes = group_sizes(shares, grid.num_tokens)
+    batch = Ungrouped(grid, sizes, count, make_generator(0, "theory"))
+    order = get("partition", name)().order(batch).numpy()
+    return [np.split(row, np.cumsum(sizes)[:-1]) for row in order]
+
+
 def predictions() -> dict[str, Any]:
-    """C_own on digits by patch and by share of the first group, before anything is trained."""
+    """C_own on digits by patch, by share of the first group, by number of groups and by partition."""
     found: dict[str, Any] = {}
     for name, covariances in digits_covariances().items():
 
-        def cost(patch: int, shares: Sequence[float], of: Any = covariances) -> float:
-            subsets = max(20, SUBSETS // len(of))
+        def cost(
+            patch: int, shares: Sequence[float], part: str = "", of: Any = covariances
+        ) -> float:
+            tokens, subsets = (8 // patch) ** 2, max(20, SUBSETS // len(of))
+            drawn = partitioned(part, shares, subsets) if part else None
             costs = [
-                separation_cost(by_token(c, 8, patch), (8 // patch) ** 2, shares, None, subsets)[1]
+                separation_cost(by_token(c, 8, patch), tokens, shares, None, subsets, drawn)[1]
                 for c in of
             ]
             return float(np.mean(costs))
@@ -177,6 +196,14 @@ def predictions() -> dict[str, Any]:
         found[name] = {
             "by_patch": {str(patch): cost(patch, SHARES) for patch in (4, 2, 1)},
             "by_first_group_of_16": {str(k): cost(2, (k / 16, 1 - k / 16)) for k in (1, 2, 4, 8)},
+            "by_groups": {
+                str(len(shares)): cost(2, shares)
+                for shares in (SHARES, (0.25, 0.25, 0.5), (0.25, 0.25, 0.25, 0.25))
+            },
+            "by_partition": {
+                part: cost(2, SHARES, part)
+                for part in ("random", "blocks", "stripes", "checkerboard")
+            },
         }
     return found
 

@@ -72,6 +72,18 @@ class TestSeparation:
             expected = theory.small_signal_cost(sigma, 12, shares, t=0.9)
             assert cost == pytest.approx(expected, rel=0.03)
 
+    def test_of_the_packages_partitions(self):
+        """Rows of a picture whose rows know nothing of each other hide nothing; random groups do."""
+        sigma = np.kron(np.eye(4), covariance(16, 0))  # a row: four tokens of 2×2 pixels
+        found = {
+            name: theory.separation_cost(
+                sigma, 16, drawn=theory.partitioned(name, (0.25, 0.75), 50)
+            )[1]
+            for name in ("stripes", "random", "checkerboard")
+        }
+        assert found["stripes"] == pytest.approx(0, abs=1e-12)
+        assert found["random"] > 1e-3 and found["checkerboard"] > 1e-3
+
     def test_rises_with_finer_patches_of_the_same_pixels(self):
         sigma = theory.stationary_covariance(8, 2.0)
         costs = [

@@ -1,10 +1,13 @@
 """A small classifier, trained on a data set's training split in seconds: features where Inception's
 make no sense."""
 
+import contextlib
 import hashlib
 import json
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -14,7 +17,7 @@ from torch.nn import functional
 
 from selfalign.data.shapes import to_uint8
 from selfalign.data.source import DataSource, Split, SubsetSplit
-from selfalign.disk import cache_folder, is_full, write_whole
+from selfalign.disk import cache_folder, is_full, locked, write_whole
 from selfalign.errors import UserError
 from selfalign.randomness import make_generator
 from selfalign.weights import write_safetensors
@@ -127,24 +130,54 @@ def get_classifier(
     recipe = json.dumps([source.image_size, STEPS, BATCH, LEARNING_RATE, torch.__version__, *own])
     key = hashlib.sha256(f"{source.fingerprint} {recipe} {classifier}".encode()).hexdigest()[:16]
     file = cache_folder("classifiers") / f"{name}-{key}.safetensors"
+    accuracy = _read_kept(file, classifier)
+    if accuracy is None:
+        with _one_at_a_time(file):
+            accuracy = _read_kept(file, classifier)  # another process may have trained it meanwhile
+            if accuracy is None:
+                accuracy = _train_and_keep(classifier, source, seed, split, file)
+    return TrainedClassifier(classifier.eval().requires_grad_(False), accuracy)
+
+
+def _read_kept(file: Path, classifier: Classifier) -> float | None:
+    """Load the weights, and return the accuracy; None if no such file is whole."""
     try:
         with safe_open(file, framework="pt") as opened:
             accuracy = float(opened.metadata()["heldout_accuracy"])
             state = {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
         classifier.load_state_dict(state)
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):
-        _train(classifier, split, seed)
-        accuracy = _accuracy(classifier, source.heldout)
-        facts = {"heldout_accuracy": repr(accuracy)}
-        try:
-            write_whole(file, lambda path: write_safetensors(path, classifier.state_dict(), facts))
-        except UserError as error:
-            if is_full(error):
-                raise  # now, and not after what is long: samples and the report need space too
-            warnings.warn(
-                f"the classifier is not kept, and trained again next time: {error}", stacklevel=2
-            )
-    return TrainedClassifier(classifier.eval().requires_grad_(False), accuracy)
+        return None
+    return accuracy
+
+
+@contextlib.contextmanager
+def _one_at_a_time(file: Path) -> Iterator[None]:
+    """The runs of a study end at about the same time: one trains, and the others wait for what it keeps.
+
+    Where the cache cannot be written each trains its own.
+    """
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(UserError):
+            held.enter_context(locked(file.parent, busy=None, name=f"{file.stem}.lock"))
+        yield
+
+
+def _train_and_keep(
+    classifier: Classifier, source: DataSource, seed: int, split: Split, file: Path
+) -> float:
+    _train(classifier, split, seed)
+    accuracy = _accuracy(classifier, source.heldout)
+    facts = {"heldout_accuracy": repr(accuracy)}
+    try:
+        write_whole(file, lambda path: write_safetensors(path, classifier.state_dict(), facts))
+    except UserError as error:
+        if is_full(error):
+            raise  # now, and not after what is long: samples and the report need space too
+        warnings.warn(
+            f"the classifier is not kept, and trained again next time: {error}", stacklevel=3
+        )
+    return accuracy
 
 
 def _train(classifier: Classifier, split: Split, seed: int) -> None:

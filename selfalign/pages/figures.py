@@ -21,6 +21,9 @@ WIDTH = 5.0
 SETTLED = 0.25
 """Share of the steps after which a learning curve counts for the range of its axis."""
 _ROW = 0.62
+"""Inches of a row of a forest plot."""
+_LINE = 0.27
+"""Rows that a further line of its label takes."""
 
 
 @dataclass(frozen=True)
@@ -271,12 +274,17 @@ def forest_plot(bars: Sequence[Bar], better: str, title: str) -> str:
         better: lower or higher.
         title: for those who cannot see it.
     """
+    labels = [textwrap.wrap(bar.label, _label_room(bar.note)) or [""] for bar in bars]
+    further = [_LINE * (len(lines) - 1) for lines in labels]
+    end = len(bars) + sum(further)
     with drawing():
-        figure, axis = _axis(len(bars) * _ROW + 0.8, left=0.02)
+        figure, axis = _axis(end * _ROW + 0.8, left=0.02)
         axis.axvline(0, color=palette("quiet"), linewidth=1.1)
         axis.grid(axis="x", color=palette("rule"), linewidth=0.75)
-        values = [0.0]
-        for row, bar in enumerate(bars):
+        across = axis.get_yaxis_transform()
+        values, row = [0.0], -1.0
+        for bar, lines, more in zip(bars, labels, further, strict=True):
+            row += 1 + more
             low, high = _ends(bar.difference)
             values += [low, high]
             if bar.margin:
@@ -289,20 +297,10 @@ def forest_plot(bars: Sequence[Bar], better: str, title: str) -> str:
                     linewidth=0,
                 )
             _draw_bar(axis, bar, [low, high], [row + 0.21] * 2, bar.difference.mean, row + 0.21)
-            across = axis.get_yaxis_transform()
-            axis.text(
-                0, row - 0.2, _short(bar.label, 36), transform=across, weight="bold", va="center"
-            )
-            axis.text(
-                1,
-                row - 0.2,
-                bar.note,
-                transform=across,
-                ha="right",
-                va="center",
-                color=palette(bar.kind),
-            )
-        axis.set(xlim=_limits(values, 0.08), ylim=(len(bars) - 0.4, -0.5), yticks=[])
+            style: dict[str, Any] = {"transform": across, "va": "center"}
+            axis.text(0, row - 0.2 - more / 2, "\n".join(lines), weight="bold", **style)
+            axis.text(1, row - 0.2 - more, bar.note, ha="right", color=palette(bar.kind), **style)
+        axis.set(xlim=_limits(values, 0.08), ylim=(end - 0.4, -0.5), yticks=[])
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.tick_params(labelcolor=palette("quiet"))
         sides = ("better", "worse") if better == "lower" else ("worse", "better")
@@ -358,5 +356,6 @@ def _draw_bar(
     axis.plot([at], [height], marker="o", markersize=7, color=colour, markerfacecolor=inside)
 
 
-def _short(text: str, width: int) -> str:
-    return textwrap.shorten(text, width, placeholder="…") if " " in text else text[:width]
+def _label_room(note: str) -> int:
+    """Bold letters of a label that fit beside a note in a forest plot."""
+    return max(12, int(53 - 0.86 * len(note)))

@@ -168,9 +168,11 @@ def digits_covariances() -> dict[str, list[Float[Array, "D D"]]]:
     }
 
 
-def partitioned(name: str, shares: Sequence[float], count: int) -> list[list[Int[Array, "n"]]]:
-    """Groups that a partition of the package makes of the 4×4 tokens of a digit, drawn some times."""
-    grid = TokenGrid((8, 8), 2)
+def partitioned(
+    name: str, patch: int, shares: Sequence[float], count: int
+) -> list[list[Int[Array, "n"]]]:
+    """Groups that a partition of the package makes of the tokens of a digit, drawn some times."""
+    grid = TokenGrid((8, 8), patch)
     sizes = group_sizes(shares, grid.num_tokens)
     batch = Ungrouped(grid, sizes, count, make_generator(0, "theory"))
     order = get("partition", name)().order(batch).numpy()
@@ -186,7 +188,7 @@ def predictions() -> dict[str, Any]:
             patch: int, shares: Sequence[float], part: str = "", of: Any = covariances
         ) -> float:
             tokens, subsets = (8 // patch) ** 2, max(20, SUBSETS // len(of))
-            drawn = partitioned(part, shares, subsets) if part else None
+            drawn = partitioned(part, patch, shares, subsets) if part else None
             costs = [
                 separation_cost(by_token(c, 8, patch), tokens, shares, None, subsets, drawn)[1]
                 for c in of

@@ -302,6 +302,7 @@ def forest_plot(bars: Sequence[Bar], better: str, title: str) -> str:
             axis.text(1, row - 0.2 - more, bar.note, ha="right", color=palette(bar.kind), **style)
         axis.set(xlim=_limits(values, 0.08), ylim=(end - 0.4, -0.5), yticks=[])
         axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.ticklabel_format(axis="x", style="plain")  # a power of ten would lie over "worse"
         axis.tick_params(labelcolor=palette("quiet"))
         sides = ("better", "worse") if better == "lower" else ("worse", "better")
         for x, side, align in ((0, f"← {sides[0]}", "left"), (1, f"{sides[1]} →", "right")):

@@ -77,7 +77,7 @@ class TestSeparation:
         sigma = np.kron(np.eye(4), covariance(16, 0))  # a row: four tokens of 2×2 pixels
         found = {
             name: theory.separation_cost(
-                sigma, 16, drawn=theory.partitioned(name, (0.25, 0.75), 50)
+                sigma, 16, drawn=theory.partitioned(name, 2, (0.25, 0.75), 50)
             )[1]
             for name in ("stripes", "random", "checkerboard")
         }

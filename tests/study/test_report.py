@@ -25,7 +25,7 @@ from selfalign.cli.console import parse
 from selfalign.cli.train import TrainArguments
 from selfalign.cli.tree import build_tree, options_of
 from selfalign.errors import UserError
-from selfalign.pages.figures import forest_plot
+from selfalign.pages.figures import Bar, forest_plot
 from selfalign.recipes import recipe
 from selfalign.study.estimates import Estimate
 from selfalign.study.grid import Effect, Grid, Row, Table, Variant
@@ -79,6 +79,42 @@ def test_a_share_of_which_nothing_is_done_is_not_told(tmp_path: Path) -> None:
     assert "25 % of the images</" not in page.partition('id="curves"')[2].partition("</section>")[0]
 
 
+def assert_texts_apart(page, chosen: str, charts: int) -> None:
+    """No text of a chart lies over another, or outside."""
+    boxes = page.evaluate(
+        "chosen => [...document.querySelectorAll(chosen)].map(s => [s.getBoundingClientRect(),"
+        " ...[...s.querySelectorAll('text')].map(t => t.getBoundingClientRect())]"
+        ".map(r => [r.left, r.top, r.right, r.bottom]))",
+        chosen,
+    )
+    assert len(boxes) == charts
+    for (left, top, right, bottom), *texts in boxes:
+        for a, b in itertools.combinations(texts, 2):
+            apart = a[2] <= b[0] + 1 or b[2] <= a[0] + 1 or a[3] <= b[1] + 2 or b[3] <= a[1] + 2
+            assert apart, f"two texts overlap: {a}, {b}"
+        assert all(t[0] >= left - 2 and t[2] <= right + 2 for t in texts)
+        assert all(t[1] >= top - 2 and t[3] <= bottom + 2 for t in texts)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_effects_keep_their_whole_names_in_charts(name: str, browser, report: Path) -> None:
+    """Beside the longest note: of names that are cut off, two may be one."""
+    titles = [effect.title for effect in GRIDS[name][0].effects]
+    found = Estimate({0: -0.00013, 1: 0.0011})
+    bars = [Bar(title, found, "unsure", "−0.00013, cannot be told") for title in titles]
+    with opened(browser, report) as page:
+        page.set_viewport_size({"width": 1280, "height": 900})
+        texts = page.evaluate(
+            "svg => { const chart = document.querySelector('.front svg.chart');"
+            " const place = chart.parentElement; place.id = 'chart'; chart.outerHTML = svg;"
+            " return [...place.querySelectorAll('svg text')].map(t => t.textContent); }",
+            forest_plot(bars, "lower", "a"),
+        )
+        whole = "".join("".join(texts).split())
+        assert all("".join(title.split()) in whole for title in titles)
+        assert_texts_apart(page, "#chart svg", charts=1)
+
+
 class TestInABrowser:
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     @pytest.mark.parametrize("width", WIDTHS)
@@ -91,18 +127,7 @@ class TestInABrowser:
     def test_text_in_charts_keeps_apart(self, page):
         """Labels in a forest plot lie beside each other, and within their chart."""
         page.set_viewport_size({"width": 1280, "height": 900})
-        boxes = page.evaluate(
-            "[...document.querySelectorAll('.front svg.chart')].map(s => [s.getBoundingClientRect(),"
-            " ...[...s.querySelectorAll('text')].map(t => t.getBoundingClientRect())]"
-            ".map(r => [r.left, r.top, r.right, r.bottom]))"
-        )
-        assert len(boxes) == 2
-        for (left, top, right, bottom), *texts in boxes:
-            for a, b in itertools.combinations(texts, 2):
-                apart = a[2] <= b[0] + 1 or b[2] <= a[0] + 1 or a[3] <= b[1] + 2 or b[3] <= a[1] + 2
-                assert apart, "two texts overlap"
-            assert all(t[0] >= left - 2 and t[2] <= right + 2 for t in texts)
-            assert all(t[1] >= top - 2 and t[3] <= bottom + 2 for t in texts)
+        assert_texts_apart(page, ".front svg.chart", charts=2)
 
     def test_every_image_is_there_and_described(self, page):
         assert_pictures(page, images=6, within_charts=8)

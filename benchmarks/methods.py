@@ -92,7 +92,7 @@ def draw(path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    hidden = {f"axes.spines.{side}": False for side in ("top", "right", "left")}
+    hidden: Any = {f"axes.spines.{side}": False for side in ("top", "right", "left")}
     with plt.rc_context({"font.size": 9, **hidden}):
         figure, axes = plt.subplots(1, len(STUDIES), figsize=(9.5, 3.4), sharey=True)
         for axis, (study, title) in zip(axes, STUDIES.items(), strict=True):

@@ -13,14 +13,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 install: $(INSTALLED)  ## create the environment in .venv
 
-demo: $(INSTALLED)  ## train the paper's recipe on handwritten digits, sample and evaluate (about 3 minutes)
+demo: $(INSTALLED)  ## train the paper's recipe on handwritten digits, sample and evaluate (3 to 7 minutes on two cores)
 	$(BIN)/selfalign train sra-dts-as --out runs/demo --data.name digits --model.size tiny \
 		--training.steps 1100 --training.batch-size 64 --training.learning-rate 1e-3 \
 		--training.schedule cosine --training.warmup-steps 50 --training.ema-decay 0.995 \
 		--training.sample-every 550 --training.evaluate-every 275
 	$(BIN)/selfalign evaluate runs/demo --num 500 --solver heun --steps 15
 
-test: $(INSTALLED)  ## run the tests (about 5 minutes on two cores)
+test: $(INSTALLED)  ## run the tests (9 to 15 minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(INSTALLED)  ## run the slow tests too

@@ -91,9 +91,10 @@ def evaluate(
             write_evaluation(evaluation)
             shown = samples.read(range(min(len(samples), SHOWN * 6)))
             title = f"{len(samples)} samples of {subject}"
+            sides = setup.source.image_size if setup.source is not None else ()
             write_whole(
                 folder / "evaluation.png",
-                lambda path: draw_evaluation(path, shown, rows, evaluation, title),
+                lambda path: draw_evaluation(path, shown, rows, evaluation, title, sides),
             )
     return evaluation
 

@@ -10,14 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from selfalign.data.shapes import side_by_side
 from selfalign.evaluation.estimate import Estimate
 from selfalign.evaluation.metrics import Aim, Evidence
 from selfalign.evaluation.neighbours import nearest
 from selfalign.evaluation.reference import neighbour_images
 from selfalign.evaluation.report import SHOWN, Evaluation, NeighbourRow
-from selfalign.sampling.pictures import tile
-
-COLUMNS = 10
+from selfalign.sampling.pictures import fitting_columns, tile
 
 
 def draw_evaluation(
@@ -26,6 +25,7 @@ def draw_evaluation(
     rows: Sequence[NeighbourRow],
     evaluation: Evaluation,
     title: str,
+    sides: Sequence[int] = (),
 ) -> None:
     """Save the picture.
 
@@ -35,6 +35,7 @@ def draw_evaluation(
         rows: samples with their nearest training images.
         evaluation: the metrics and losses.
         title: stands above all.
+        sides: of the data where it is known: of videos a few frames are shown beside each other.
     """
     metrics, denoising = evaluation.metrics, evaluation.denoising
     figure = Figure(figsize=(11, 6.5 if metrics or denoising else 4), dpi=144, layout="constrained")
@@ -43,9 +44,11 @@ def draw_evaluation(
     figure.suptitle(plain, fontsize=10, parse_math=False)
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.4, 1))[:, 0]
     grids = above.subplots(1, 1 + len(rows), squeeze=False)[0]
-    _show(grids[0], tile(samples, COLUMNS), "samples")
+    samples = side_by_side(samples, sides)
+    _show(grids[0], tile(samples, fitting_columns(*samples.shape[2:])), "samples")
     for axis, row in zip(grids[1:], rows, strict=True):
-        pairs = torch.stack([row.samples, row.neighbours], dim=1)  # (M, 2, C, H, W)
+        both = (side_by_side(images, sides) for images in (row.samples, row.neighbours))
+        pairs = torch.stack([*both], dim=1)  # (M, 2, C, H, W)
         columns = max(1, len(pairs) // 2)
         # Two lines of pairs, each sample above its neighbour.
         halves = [

@@ -148,6 +148,11 @@ def visible(image: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
     return image[..., :3] if image.shape[-1] >= 3 else image[..., 0]
 
 
+def fitting_columns(height: int, width: int) -> int:
+    """How many images of a size stand in a row: fewer wide ones, so that a grid keeps about its shape."""
+    return max(1, round(MAX_COLUMNS * min(1, height / width) ** 0.5))
+
+
 def tile(images: UInt8[Tensor, "M C H W"], columns: int) -> "np.ndarray[Any, Any]":
     """One picture (height, width[, 3]) of all images, row by row, with a white line between them."""
     count, channels, height, width = images.shape

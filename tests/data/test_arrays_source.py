@@ -12,7 +12,7 @@ from PIL import Image
 from selfalign import UserError, recipe
 from selfalign.cli import main
 from selfalign.data.datasets import open_data
-from selfalign.data.shapes import as_pictures, picture_shape
+from selfalign.data.shapes import FRAMES_SHOWN, as_pictures, picture_shape, side_by_side, to_uint8
 from selfalign.runs.load import load_run
 from selfalign.runs.start import start_run
 from selfalign.sections import DataConfig
@@ -202,6 +202,20 @@ def test_pictures_of_all_kinds():
     assert picture_shape(1, (4, 8, 6)) == (1, 32, 6)
     video = torch.rand(2, 1, 4, 8, 6)
     assert torch.equal(as_pictures(video)[:, :, 8:16], video[:, :, 1])
+
+
+def test_of_a_video_a_few_frames_stand_side_by_side():
+    """From the first to the last one; pictures of anything else are shown as they are."""
+    video = torch.rand(2, 1, 16, 8, 6) * 2 - 1
+    shown = side_by_side(to_uint8(video), (16, 8, 6))
+    assert shown.shape == (2, 1, 8, 6 * FRAMES_SHOWN)
+    for place, frame in enumerate((0, 5, 10, 15)):
+        assert torch.equal(shown[..., place * 6 :][..., :6], to_uint8(video[:, :, frame]))
+    short = to_uint8(video[:, :, :2])
+    assert side_by_side(short, (2, 8, 6)).shape == (2, 1, 8, 12)
+    for sides in ((), (16, 6), (3, 8, 6)):
+        pictures = to_uint8(video)
+        assert side_by_side(pictures, sides) is pictures
 
 
 PATCH = {"signals": "tiny/4", "images": "tiny/4", "videos": "tiny/4"}

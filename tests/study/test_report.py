@@ -34,7 +34,9 @@ from selfalign.study.paper import PAPER, QUESTION
 from selfalign.study.plan import Study, write_study
 from selfalign.study.report import write_report
 from selfalign.study.report.page import _bar
+from selfalign.study.report.pictures import find_data, sample_strips
 from selfalign.study.report.provenance import study_command, train_command
+from selfalign.study.results import read_results
 from selfalign.study.verdicts import EffectEstimate
 
 
@@ -282,6 +284,24 @@ class TestOtherStudies:
         data = {"data.name": "arrays", "data.root": str(tmp_path / "a.npz")}
         write_synthetic_study(tmp_path / "s", settings={**SETTINGS, **data}, seeds=(0, 1))
         assert "views are drawn of data with two axes" in write_report(tmp_path / "s").read_text()
+
+    @pytest.mark.parametrize("readable", [True, False])
+    def test_shows_samples_of_videos_in_frames(self, tmp_path, readable):
+        """A few frames beside each other, in fewer columns; where the data is gone nobody knows of them."""
+        sides = (16, 8, 8)
+        samples = np.zeros((20, 1, *sides), np.float32)
+        np.savez(tmp_path / "a.npz", samples=samples, labels=np.arange(20) % 10)
+        data = {"data.name": "arrays", "data.root": str(tmp_path / "a.npz")}
+        study = write_synthetic_study(tmp_path / "s", settings={**SETTINGS, **data}, seeds=(0,))
+        for made in (tmp_path / "s").rglob("samples.npz"):
+            np.savez(made, arr_0=np.zeros((40, 16 * 8, 8, 1), np.uint8), arr_1=np.arange(40) % 10)
+        if not readable:
+            (tmp_path / "a.npz").unlink()
+        runs = read_results(tmp_path / "s").done
+        strips = sample_strips(tmp_path / "s", runs, 0, find_data(study.jobs()))
+        frames, columns = (5 * (4 * 8 + 1) + 1, 2 * 9 + 1), (10 * 3 + 1, 2 * 43 + 1)
+        sizes = {(strip.width, strip.height) for strip in strips}
+        assert sizes == {frames if readable else columns}
 
     def test_that_registered_nothing(self, tmp_path):
         """As those of version 0.1.0."""

@@ -162,7 +162,7 @@ def _render(folder: Path, results: StudyResults, analysis: Analysis) -> bytes:
         beside_paper=any(row.paper for table in grid.tables for row in table.rows),
         curves=_curves(analysis, study, styles),
         efficiency=_efficiency(analysis, study, styles),
-        strips=pictures.sample_strips(folder, full, study.seeds[0], pictures.class_names(jobs)),
+        strips=pictures.sample_strips(folder, full, study.seeds[0], pictures.find_data(jobs)),
         **_diagrams(jobs),
         settings=provenance.settings(jobs, results.done),
         versions=provenance.versions(results.done),

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from selfalign.config import resolve
 from selfalign.data.datasets import open_data
+from selfalign.data.shapes import side_by_side
+from selfalign.data.source import DataSource
 from selfalign.errors import UserError
 from selfalign.evaluation.inputs import open_images
 from selfalign.inspect.views import draw_diagram, see_views
-from selfalign.sampling.pictures import MAX_COLUMNS, column_labels, data_uri, tile
+from selfalign.sampling.pictures import column_labels, data_uri, fitting_columns, tile
 from selfalign.study.plan import Job
 from selfalign.study.results import RunResult
 
@@ -38,19 +40,22 @@ class SampleStrip:
 
 
 def sample_strips(
-    folder: Path, runs: Sequence[RunResult], seed: int, class_names: Sequence[str]
+    folder: Path, runs: Sequence[RunResult], seed: int, source: DataSource | None
 ) -> list[SampleStrip]:
     """Samples of every finished run of a seed: a class per column, the same samples of each.
+
+    Of videos a few frames are beside each other.
 
     Args:
         folder: the study's.
         runs: finished ones.
         seed: which of them are shown.
-        class_names: of the labels; empty where there are none.
+        source: the data set; None where it cannot be opened, which leaves classes and frames unknown.
 
     Raises:
         UserError: a file of samples is damaged.
     """
+    num_classes, sides = (source.num_classes, source.image_size) if source else (0, ())
     strips = []
     for run in runs:
         files = sorted((folder / run.folder).glob("evaluation/*/samples.npz"))
@@ -58,9 +63,10 @@ def sample_strips(
             continue
         samples = open_images(files[-1])
         labels = None if samples.labels is None else samples.labels.numpy()
-        chosen = _choose(labels, len(samples), len(class_names))
+        example = side_by_side(samples.read([0]), sides)
+        chosen = _choose(labels, len(samples), num_classes, fitting_columns(*example.shape[2:]))
         columns = len(chosen) // SAMPLE_ROWS or len(chosen)
-        shown = samples.read(chosen).permute(0, 2, 3, 1).numpy()
+        shown = side_by_side(samples.read(chosen), sides).permute(0, 2, 3, 1).numpy()
         picture = tile(_shrink(shown), columns)
         strips.append(
             SampleStrip(run.variant, data_uri(picture), picture.shape[1], picture.shape[0])
@@ -69,14 +75,17 @@ def sample_strips(
 
 
 def _choose(
-    labels: np.ndarray[tuple[int], np.dtype[np.int64]] | None, count: int, num_classes: int
+    labels: np.ndarray[tuple[int], np.dtype[np.int64]] | None,
+    count: int,
+    num_classes: int,
+    columns: int,
 ) -> list[int]:
     """The first samples of some classes, row by row; simply the first where classes lack samples."""
-    first = list(range(min(count, SAMPLE_ROWS * MAX_COLUMNS)))
-    columns = column_labels(num_classes)
-    if labels is None or columns is None:
+    first = list(range(min(count, SAMPLE_ROWS * columns)))
+    shown = column_labels(num_classes, columns)
+    if labels is None or shown is None:
         return first
-    found = [np.flatnonzero(labels == label)[:SAMPLE_ROWS].tolist() for label in columns]
+    found = [np.flatnonzero(labels == label)[:SAMPLE_ROWS].tolist() for label in shown]
     if min(map(len, found)) < SAMPLE_ROWS:
         return first
     return [column[row] for row in range(SAMPLE_ROWS) for column in found]
@@ -131,9 +140,9 @@ def view_diagrams(jobs: Sequence[Job]) -> list[Diagram]:
     return diagrams
 
 
-def class_names(jobs: Sequence[Job]) -> tuple[str, ...]:
-    """Names of the data set's classes; none where it cannot be opened."""
+def find_data(jobs: Sequence[Job]) -> DataSource | None:
+    """The data set of a study's runs; None where it cannot be opened."""
     try:
-        return open_data(jobs[0].config.data).class_names
+        return open_data(jobs[0].config.data)
     except UserError:
-        return ()
+        return None

@@ -5,7 +5,8 @@ from pathlib import Path
 from selfalign.recipes import recipe
 from selfalign.study.grid_file import load_grid
 
-GRID = Path(__file__).parents[2] / "benchmarks" / "frames.yaml"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+GRID = BENCHMARKS / "frames.yaml"
 
 
 def test_pairs_differ_in_one_thing():
@@ -18,3 +19,9 @@ def test_pairs_differ_in_one_thing():
         assert config.views.partition == expected
         assert (config.views.attention == "separated") == name.endswith("-as")
     assert recipe("sra").partitions["stripes"].axis == 0, "frames of a video"
+
+
+def test_the_longer_runs_are_two_of_its_variants():
+    grid, longer = load_grid(GRID), load_grid(BENCHMARKS / "frames_longer.yaml")
+    assert longer.variants.items() <= grid.variants.items()
+    assert set(longer.effects) <= set(grid.effects)

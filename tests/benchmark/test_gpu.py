@@ -63,9 +63,13 @@ def test_steps_repeat_and_resume(tmp_path: Path) -> None:
         assert result == {"repeated": True, "resumed": True}, name
 
 
-def test_sampling_and_profile(tmp_path: Path) -> None:
+def test_sampling(tmp_path: Path) -> None:
     sampled = found("sampling", tmp_path)
     assert "images_per_second_of_250_steps" in sampled["bf16"]
+
+
+@pytest.mark.slow
+def test_profile(tmp_path: Path) -> None:
     profile = found("profile", tmp_path)
     assert profile.keys() == {"eager", "compiled"}
     for profiled in profile.values():

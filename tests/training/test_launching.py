@@ -67,6 +67,7 @@ def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
     assert "SIGKILL" in said
 
 
+@pytest.mark.slow
 def test_restarted_by_its_launcher_a_run_goes_on(tmp_path: Path) -> None:
     launch = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     run = tmp_path / "run"

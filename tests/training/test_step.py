@@ -138,7 +138,12 @@ def test_the_objective_stays_on_its_device(name: str, overrides: dict[str, Any])
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("name", "overrides"), [("sra-dts-as", MIXED), ("self-flow", {}), ("sra", DISPERSIVE)]
+    ("name", "overrides"),
+    [
+        ("sra-dts-as", MIXED),
+        pytest.param("self-flow", {}, marks=pytest.mark.slow),
+        pytest.param("sra", DISPERSIVE, marks=pytest.mark.slow),
+    ],
 )
 def test_compiles_to_one_graph_once(name: str, overrides: dict[str, Any], backend: str) -> None:
     config = small(name, overrides)

@@ -1,13 +1,16 @@
 """What the README promises."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+import selfalign
 from selfalign import EMA, Objective, RunConfig, SiT, build_student, draw_views, make_generator
 from selfalign.cli import main
+from selfalign.evaluation import classifier
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -30,6 +33,38 @@ def test_the_example_trains() -> None:
     trained = Objective(config)(student, ema.model, images, labels, draw).means()["denoising"]
     untrained = Objective(config)(build_student(config), ema.model, images, labels, draw).means()
     assert trained < untrained["denoising"]
+
+
+@pytest.fixture
+def _a_run_of_mine(small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(small_run, tmp_path / "runs" / "mine")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("_a_run_of_mine")
+def test_what_it_says_of_python_works() -> None:
+    (code,) = re.findall(r"`(selfalign\.sample\(.*?\))`", README.read_text())
+    images, labels = eval(code, {"selfalign": selfalign})
+    assert images.shape[0] == labels.shape[0] == 16
+
+
+@pytest.mark.usefixtures("_a_run_of_mine")
+@pytest.mark.parametrize("name", ["finetuning", "checkpoints"])
+def test_what_guides_say_of_python_works(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks that begin with a run of one's own, in small, and up to what needs the hub."""
+    monkeypatch.setattr(classifier, "STEPS", 3)
+    monkeypatch.setenv("SELFALIGN_CACHE", str(tmp_path / "cache"))
+    text = (README.parent / "docs" / f"{name}.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (code,) = (block for block in blocks if 'load_run("runs/mine")' in block)
+    small = code.replace("steps=50", "steps=2").replace("num=1000", "num=20, steps=2")
+    here = [line for line in small.splitlines() if "me/mine" not in line]
+    names: dict[str, object] = {}
+    exec("\n".join(here), names)
+    assert isinstance(names["run"], selfalign.LoadedRun)
+    assert name == "finetuning" or (tmp_path / "folder" / "README.md").exists()
 
 
 @pytest.mark.usefixtures("forget_parts")

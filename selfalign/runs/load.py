@@ -86,7 +86,7 @@ class LoadedRun:
 
 
 def load_run(
-    folder: Path,
+    folder: Path | str,
     weights: str = "ema",
     device: torch.device | str = "cpu",
     *,
@@ -107,6 +107,7 @@ def load_run(
     Raises:
         UserError: there is no run, no whole checkpoint, or no such average.
     """
+    folder = Path(folder)
     record = read_record(folder)
     config = record.config
     if data_root is not None:

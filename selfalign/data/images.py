@@ -116,8 +116,10 @@ def read_image(path: Path, size: int | None, background: str = "white") -> UInt8
     return decode_image(lambda: open_image(path), str(path), size, background)
 
 
-def is_grey(path: Path) -> bool:
-    """Whether an image file says in its header that it has no colours.
+def read_header(path: Path) -> tuple[bool, tuple[int, int]]:
+    """What an image file says in its header: whether it has no colours, and its width and height.
+
+    An image that is to be turned when it is read has its sides the other way round there.
 
     Raises:
         UnreadableImageError: it has no header of an image.
@@ -126,7 +128,7 @@ def is_grey(path: Path) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with open_image(path) as image:
-                return image.mode in GREY_MODES
+                return image.mode in GREY_MODES, image.size
     except Exception as error:  # as above
         message = f"{printable(str(path))} is not a readable image: {_reason(error)}"
         raise UnreadableImageError(message) from error

@@ -12,7 +12,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from selfalign.arrays import Array, Npz
-from selfalign.data.images import is_grey, parse_colour, read_image
+from selfalign.data.images import parse_colour, read_header, read_image
 from selfalign.data.listing import list_files, require_one_split
 from selfalign.data.shapes import to_uint8
 from selfalign.data.source import DataSource
@@ -171,10 +171,13 @@ def _open_folder(folder: Path, background: str) -> ImageSet:
     require_one_split((file.name for file in listing.files), folder)
     digest = hashlib.sha256()
     grey = len(set(parse_colour(background))) == 1
+    sides = []
     for file in listing.files:
         digest.update(encode_name(f"{file.name}\0{hash_file(Path(file.path))}\n"))
-        # Of every one, whose header says here what could not be read later, after long work.
-        grey = is_grey(Path(file.path)) and grey
+        # Of every one, whose header says here what would be found later, after long work.
+        is_grey, size = read_header(Path(file.path))
+        grey = is_grey and grey
+        sides.append(size)
     channels = 1 if grey else 3
 
     def read_one(index: int) -> UInt8[Tensor, "C H W"]:
@@ -183,15 +186,22 @@ def _open_folder(folder: Path, background: str) -> ImageSet:
 
     _, height, width = read_one(0).shape
 
+    def require_size(index: int, found: tuple[int, int]) -> None:
+        if found != (height, width):
+            raise UserError(
+                f"{printable(listing.files[index].path)} has {found[0]}×{found[1]} pixels, and "
+                f"{printable(listing.files[0].name)} {height}×{width}: all images of a set must be the "
+                "same"
+            )
+
+    for index, (across, down) in enumerate(sides):
+        if sorted((across, down)) != sorted((height, width)):  # some are turned when they are read
+            require_size(index, (down, across))
+
     def read(indices: Sequence[int]) -> Tensor:
         images = [read_one(index) for index in indices]
         for index, image in zip(indices, images, strict=True):
-            if image.shape[1:] != (height, width):
-                raise UserError(
-                    f"{printable(listing.files[index].path)} has {image.shape[1]}×{image.shape[2]} "
-                    f"pixels, and {printable(listing.files[0].name)} {height}×{width}: all images of "
-                    "a set must be the same"
-                )
+            require_size(index, (image.shape[1], image.shape[2]))
         return torch.stack(images)
 
     return ImageSet(

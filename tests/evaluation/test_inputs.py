@@ -113,3 +113,20 @@ def test_refuses_more_images_than_there_are(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", arr_0=PIXELS)
     with pytest.raises(UserError, match=r"--num is 13: x\.npz holds 12 images"):
         open_images(tmp_path / "x.npz").first(13)
+
+
+def test_refuses_images_of_several_sizes_before_any_is_compared(tmp_path: Path) -> None:
+    """By their headers, which cost nothing; one that lies on its side and is turned when read is none."""
+    for number, pixels in enumerate(PIXELS):
+        Image.fromarray(pixels).save(tmp_path / f"{number:02}.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(PIXELS[0].transpose(1, 0, 2)).save(tmp_path / "12.png", exif=turned)
+    assert open_images(tmp_path).read([12]).shape == (1, 3, 6, 5)
+    Image.fromarray(PIXELS[0].transpose(1, 0, 2)).save(tmp_path / "13.png")
+    images = open_images(tmp_path)  # may be one that is turned
+    with pytest.raises(UserError, match="13.png has 5×6 pixels, and 00.png 6×5: all images of a"):
+        images.read(range(14))
+    Image.new("RGB", (7, 5)).save(tmp_path / "14.png")
+    with pytest.raises(UserError, match="14.png has 5×7 pixels, and 00.png 6×5: all images of a"):
+        open_images(tmp_path)

@@ -20,7 +20,7 @@ demo: $(INSTALLED)  ## train the paper's recipe on handwritten digits, sample an
 		--training.sample-every 550 --training.evaluate-every 275
 	$(BIN)/selfalign evaluate runs/demo --num 500 --solver heun --steps 15
 
-test: $(INSTALLED)  ## run the tests (9 to 15 minutes on two cores)
+test: $(INSTALLED)  ## run the tests (9 to 16 minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(INSTALLED)  ## run the slow tests too

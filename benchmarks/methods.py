@@ -3,17 +3,16 @@
     python benchmarks/methods.py [PICTURE]
 
 Prints contrasts that `selfalign study methods` does not report, from the values by seed in docs/results:
-means with half of a 95 % interval, the spread pooled over the targets.
+means with half of a 95 % interval, the spread pooled over all variants.
 """
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from scipy import stats
+from selfalign.study.estimates import Estimate, Layout
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 STUDIES = {
@@ -41,18 +40,22 @@ def read_report(study: str) -> Report:
     return found
 
 
-def contrast(report: Report, signs: Signs) -> np.ndarray[Any, Any]:
-    """A sum of variants' held-out losses, seed by seed."""
-    losses = {name: report["means"][name]["heldout_loss"]["by_seed"] for name in signs}
-    seeds = sorted(next(iter(losses.values())))
-    return np.array([sum(sign * losses[v][seed] for v, sign in signs.items()) for seed in seeds])
+def losses(report: Report) -> Layout:
+    """Held-out losses by variant and seed."""
+    return Layout(
+        {
+            (variant, int(seed)): loss
+            for variant, means in report["means"].items()
+            for seed, loss in means["heldout_loss"]["by_seed"].items()
+        }
+    )
 
 
-def pooled(rows: Sequence[np.ndarray[Any, Any]]) -> float:
-    """Half of the 95 % interval of each row's mean, where all rows have one spread."""
-    seeds = len(rows[0])
-    spread = np.mean([row.var(ddof=1) for row in rows]) ** 0.5
-    return float(stats.t.ppf(0.975, len(rows) * (seeds - 1)) * spread / seeds**0.5)
+def estimate(layout: Layout, signs: Signs) -> Estimate:
+    """A contrast, with the error that the studies' own effects have, but for the choice of images."""
+    found = layout.weigh(signs)
+    assert found is not None
+    return found
 
 
 def contrasts() -> dict[str, dict[str, Signs]]:
@@ -70,18 +73,17 @@ def contrasts() -> dict[str, dict[str, Signs]]:
 
 def lines(study: str) -> list[str]:
     """What is printed of a study."""
-    report, said = read_report(study), [STUDIES[study]]
+    layout, said = losses(read_report(study)), [STUDIES[study]]
     for title, by_target in contrasts().items():
-        rows = {target: contrast(report, signs) for target, signs in by_target.items()}
-        told = ", ".join(f"{target} {row.mean():+.4f}" for target, row in rows.items())
-        said.append(f"  {title}: {told} (± {pooled(list(rows.values())):.4f})")
-    gain = [contrast(report, {f"{t}-dts": 1, t: -1}).mean() for t in TARGETS]
-    interaction = [
-        contrast(report, s).mean() for s in contrasts()["cross-noise interaction"].values()
-    ]
-    said.append(
-        f"  share of the gain that is interaction: {np.sum(interaction) / np.sum(gain):.0%}"
+        found = {target: estimate(layout, signs) for target, signs in by_target.items()}
+        told = ", ".join(f"{target} {e.mean:+.4f}" for target, e in found.items())
+        half = next(iter(found.values())).half_width()  # one for all, as they weigh runs alike
+        said.append(f"  {title}: {told} (± {half:.4f})")
+    gain = sum(estimate(layout, {f"{t}-dts": 1, t: -1}).mean for t in TARGETS)
+    interaction = sum(
+        estimate(layout, s).mean for s in contrasts()["cross-noise interaction"].values()
     )
+    said.append(f"  share of the gain that is interaction: {interaction / gain:.0%}")
     return said
 
 

@@ -25,7 +25,7 @@ def draw_evaluation(
     rows: Sequence[NeighbourRow],
     evaluation: Evaluation,
     title: str,
-    sides: Sequence[int] = (),
+    sides: Sequence[int],
 ) -> None:
     """Save the picture.
 
@@ -35,7 +35,7 @@ def draw_evaluation(
         rows: samples with their nearest training images.
         evaluation: the metrics and losses.
         title: stands above all.
-        sides: of the data where it is known: of videos a few frames are shown beside each other.
+        sides: of the data, empty where it is not known: of videos a few frames are shown beside each other.
     """
     metrics, denoising = evaluation.metrics, evaluation.denoising
     figure = Figure(figsize=(11, 6.5 if metrics or denoising else 4), dpi=144, layout="constrained")

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import methods
-import numpy as np
 import pytest
 
 PAGE = " ".join((methods.RESULTS / "methods.md").read_text().split())
@@ -15,24 +14,21 @@ def plain(value: float, signed: bool = True) -> str:
 
 
 def test_a_contrast_is_taken_seed_by_seed() -> None:
+    """With the spread that variant and seed leave: here one number, with one degree of freedom."""
     by_seed = {"a": {"0": 1.0, "1": 2.0}, "b": {"1": 0.5, "0": 0.25}}
     report = {"means": {k: {"heldout_loss": {"by_seed": v}} for k, v in by_seed.items()}}
-    assert methods.contrast(report, {"a": 1, "b": -1}).tolist() == [0.75, 1.5]
-
-
-def test_rows_of_one_spread_share_it() -> None:
-    """Of one row it is the usual interval: t of one degree of freedom times the standard error."""
-    assert methods.pooled([np.array([0.0, 2.0])]) == pytest.approx(12.7062, abs=1e-4)
-    assert methods.pooled([np.array([0.0, 2.0])] * 2) == pytest.approx(4.3027, abs=1e-4)
+    found = methods.estimate(methods.losses(report), {"a": 1, "b": -1})
+    assert found.values == {0: 0.75, 1: 1.5}
+    assert found.half_width() == pytest.approx(12.7062 * 0.375, rel=1e-4)
 
 
 @pytest.mark.parametrize("study", methods.STUDIES)
 @pytest.mark.parametrize("title", ["dual timesteps, separated", "self-flow less sra-dts"])
 def test_the_page_says_what_was_measured(study: str, title: str) -> None:
-    report = methods.read_report(study)
-    rows = [methods.contrast(report, signs) for signs in methods.contrasts()[title].values()]
-    means = [row.mean() for row in rows]
-    for figure in (plain(min(means)), plain(max(means)), plain(methods.pooled(rows), False)):
+    layout = methods.losses(methods.read_report(study))
+    found = [methods.estimate(layout, signs) for signs in methods.contrasts()[title].values()]
+    means = [e.mean for e in found]
+    for figure in (plain(min(means)), plain(max(means)), plain(found[0].half_width(), False)):
         assert figure in PAGE
 
 

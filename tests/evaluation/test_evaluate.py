@@ -274,7 +274,7 @@ def test_several_processes_give_the_numbers_of_one(
     """Sharded generation and feature extraction under torchrun, over gloo on the CPU."""
     get_classifier(SOURCE, "digits")
     numbers = []
-    for processes in (1, 3):
+    for processes in (1, 2, 3):
         folder = tmp_path / f"run{processes}"
         shutil.copytree(run_folder, folder)
         environment = {
@@ -294,9 +294,9 @@ def test_several_processes_give_the_numbers_of_one(
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         numbers.append(json.loads((tmp_path / f"out{processes}" / "evaluation.json").read_text()))
-    assert [n["settings"]["processes"] for n in numbers] == [1, 3]
+    assert [n["settings"]["processes"] for n in numbers] == [1, 2, 3]
     for part in ("metrics", "heldout_images", "heldout_denoising_loss"):
-        assert numbers[0][part] == numbers[1][part]
+        assert numbers[0][part] == numbers[1][part] == numbers[2][part]
     fingerprints = {n["settings"]["samples"]["fingerprint"] for n in numbers}
     assert len(fingerprints) == 1
 

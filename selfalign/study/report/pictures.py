@@ -63,8 +63,8 @@ def sample_strips(
             continue
         samples = open_images(files[-1])
         labels = None if samples.labels is None else samples.labels.numpy()
-        example = side_by_side(samples.read([0]), sides)
-        chosen = _choose(labels, len(samples), num_classes, fitting_columns(*example.shape[2:]))
+        one = side_by_side(samples.read([0]), sides)
+        chosen = _choose(labels, len(samples), num_classes, fitting_columns(*one.shape[2:]))
         columns = len(chosen) // SAMPLE_ROWS or len(chosen)
         shown = side_by_side(samples.read(chosen), sides).permute(0, 2, 3, 1).numpy()
         picture = tile(_shrink(shown), columns)
